@@ -1,0 +1,5 @@
+"""The ``mconv`` command."""
+
+
+def main() -> None:
+    """Run the command line."""
