@@ -1,0 +1,76 @@
+"""The block formats in numpy: slower than the native kernels, the same bytes.
+
+Each module here exports ``ENCODERS``: a map from type name to a function of ``x`` (float32
+[rows, cols]) and ``importance`` (float32 [cols] or None) that returns uint8 [rows, row bytes].
+Modules are discovered, so a new family is one new file. Decoding goes through gguf-py, which
+implements the same block layouts.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+
+import numpy as np
+import numpy.typing as npt
+
+from ...errors import QuantError
+from ..types import GgmlType
+
+Encoder = Callable[
+    [npt.NDArray[np.float32], "npt.NDArray[np.float32] | None"], npt.NDArray[np.uint8]
+]
+
+# Byte offsets of the float16 scales inside a block; types without an entry have none.
+_SCALES = {
+    "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,),
+    "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
+    "IQ4_NL": (0,), "IQ4_XS": (0,), "TQ1_0": (52,), "TQ2_0": (64,), "Q1_0": (0,), "Q2_0": (0,),
+}  # fmt: skip
+
+
+@cache
+def _encoders() -> dict[str, Encoder]:
+    found: dict[str, Encoder] = {}
+    for info in sorted(pkgutil.iter_modules(__path__), key=lambda m: m.name):
+        found.update(getattr(import_module(f".{info.name}", __name__), "ENCODERS", {}))
+    return found
+
+
+def encode(
+    x: npt.NDArray[np.float32], kind: GgmlType, importance: npt.NDArray[np.float32] | None
+) -> npt.NDArray[np.uint8]:
+    """Encode finite float32 rows [rows, cols]; returns uint8 [rows, row bytes].
+
+    Raises:
+        QuantError: the type has no numpy encoder.
+    """
+    encoder = _encoders().get(kind.name)
+    if encoder is None:
+        raise QuantError(
+            f"{kind.name} needs the native kernels, which this installation lacks: "
+            "install a C++ compiler and reinstall mconv"
+        )
+    with np.errstate(all="ignore"):
+        return encoder(x, importance).reshape(x.shape[0], -1)
+
+
+def scales_overflow(data: npt.NDArray[np.uint8], kind: GgmlType) -> bool:
+    """Return whether a block scale of encoded ``data`` became infinite or NaN in float16."""
+    blocks = data.reshape(-1, kind.bytes)
+    return any(
+        bool(((blocks[:, at + 1] & 0x7C) == 0x7C).any()) for at in _SCALES.get(kind.name, ())
+    )
+
+
+def decode(data: npt.NDArray[np.uint8], kind: GgmlType) -> npt.NDArray[np.float32]:
+    """Decode flat bytes to flat float32 values."""
+    if kind.name == "F32":
+        return data.view(np.float32).copy()
+    import gguf
+
+    blocks = data.reshape(-1, kind.bytes)
+    values = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType(kind.id))
+    return np.ascontiguousarray(values, np.float32).reshape(-1)
