@@ -1,7 +1,7 @@
 """The errors a user can meet. Everything else that escapes is a bug of ours.
 
-The command line turns an ``MconvError`` into one line and exit code 2. A message says what is wrong, where
-(file, then tensor or key), what was expected, and what to do next.
+The command line turns an ``MconvError`` into one line and exit code 2. A message says what is
+wrong, where (file, then tensor or key), what was expected, and what to do next.
 """
 
 from __future__ import annotations

@@ -1,14 +1,17 @@
 """Boxes: the index algebra under every layout.
 
-A box is a half-open region ``lo <= index < hi`` of an n-dimensional index space. Flat ranges (how ZeRO and FSDP cut)
-become at most ``2n - 1`` boxes; a box of a reshaped space becomes flat runs and then boxes again. All functions are
-pure and know nothing of files.
+A box is a half-open region ``lo <= index < hi`` of an n-dimensional index space. Flat ranges (how
+ZeRO and FSDP cut) become at most ``2n - 1`` boxes; a box of a reshaped space becomes flat runs and
+then boxes again. All functions are pure and know nothing of files.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from math import prod
+from typing import Any
+
+import numpy as np
 
 Index = tuple[int, ...]
 Box = tuple[Index, Index]
@@ -51,6 +54,12 @@ def extent(box: Box) -> Index:
 def volume(box: Box) -> int:
     """Return the number of elements in a box."""
     return prod(extent(box))
+
+
+def view(array: np.ndarray, ends: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Return ``array[a:b, ...]`` for the (a, b) of each dim: a view even when 0-d."""
+    where: tuple[Any, ...] = (*(slice(a, b) for a, b in ends), ...)
+    return array[where]
 
 
 def intersect(a: Box, b: Box) -> Box | None:
@@ -108,7 +117,8 @@ def _under(row: int, start: int, stop: int, shape: Index, inner: int) -> Iterato
 def reshape_groups(old: Index, new: Index) -> list[tuple[range, range]]:
     """Pair runs of old dims with runs of new dims of equal product (both spaces non-empty).
 
-    Dims that a reshape leaves alone end up in groups of their own, so that a column shard survives a reshape of rows.
+    Dims that a reshape leaves alone end up in groups of their own, so that a column shard survives
+    a reshape of rows.
     """
     groups: list[tuple[range, range]] = []
     i = j = 0
@@ -139,7 +149,8 @@ def flat_runs(
         strides: memory step of each dim (any unit; used relative to the element at ``lo``).
 
     Yields:
-        (flat start, length, memory offset from the element at ``lo``, memory step between elements).
+        (flat start, length, memory offset from the element at ``lo``, memory step between
+        elements).
     """
     ext = tuple(h - l for l, h in zip(lo, hi, strict=True))
     flat = row_major(shape)

@@ -1,7 +1,8 @@
 """Number format conversions, round to nearest even, at memory speed where numpy is slow.
 
-bfloat16 is the top half of a float32, so widening is a shift, and narrowing adds the rounding bit before the shift
-(NaNs are kept NaN by setting a mantissa bit, as torch and ggml do). Everything else is numpy's own ``astype``.
+bfloat16 is the top half of a float32, so widening is a shift, and narrowing adds the rounding bit
+before the shift (NaNs are kept NaN by setting a mantissa bit, as torch and ggml do). Everything
+else is numpy's own ``astype``.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
-"""The normal form: a tensor as a list of chunks, each a box of the tensor and a strided piece of a file.
+"""The normal form: a tensor as a list of chunks, each a box of the tensor and a strided piece of a
+file.
 
-Every movement operation maps chunk lists to chunk lists, so a parameter that was cut by TP, PP and ZeRO at once is
-still one flat list of (box, file, offset, strides): easy to prove complete, to sort by file position and to copy in the
-kernel. Only a reshape can multiply chunks (a strided box of merged dims falls into rows); past a limit it stays an
-expression node instead, which reads whole covering ranges.
+Every movement operation maps chunk lists to chunk lists, so a parameter that was cut by TP, PP and
+ZeRO at once is still one flat list of (box, file, offset, strides): easy to prove complete, to sort
+by file position and to copy in the kernel. Only a reshape can multiply chunks (a strided box of
+merged dims falls into rows); past a limit it stays an expression node instead, which reads whole
+covering ranges.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from .box import (
     reshape_groups,
     row_major,
     run_count,
+    view,
 )
 from .source import Source
 from .tensor import LazyTensor, resolve_shape
@@ -81,7 +84,9 @@ class Chunk:
     def is_dense(self, itemsize: int) -> bool:
         """Whether the elements are contiguous in the source, in row-major order of the box."""
         step = itemsize
-        for l, h, s in zip(reversed(self.lo), reversed(self.hi), reversed(self.strides), strict=True):
+        for l, h, s in zip(
+            reversed(self.lo), reversed(self.hi), reversed(self.strides), strict=True
+        ):
             if h - l > 1 and s != step:
                 return False
             step *= h - l
@@ -149,7 +154,10 @@ class Chunked(LazyTensor):
         )
 
     def reshape(self, shape: Sequence[int]) -> LazyTensor:
-        """Recut the chunks for a new shape; stays an expression when they would shatter into rows."""
+        """Recut the chunks for a new shape;
+
+        stays an expression when they would shatter into rows.
+        """
         target = resolve_shape(self.shape, shape)
         if target == self.shape:
             return self
@@ -184,8 +192,9 @@ class Chunked(LazyTensor):
             part = chunk.within(box)
             if part is None:
                 continue
-            where = tuple(slice(a - b, c - b) for a, c, b in zip(part.lo, part.hi, lo, strict=True))
-            target = out[where]
+            target = view(
+                out, [(a - b, c - b) for a, c, b in zip(part.lo, part.hi, lo, strict=True)]
+            )
             covered += target.size
             _fetch(part, target)
         if covered != out.size:
@@ -240,7 +249,8 @@ def _recut(
 ) -> Iterator[Chunk]:
     """Yield the chunks of the reshaped space that hold the elements of ``chunk``.
 
-    Each group of dims is recut on its own: old sub-box -> flat runs -> new sub-boxes with a byte shift and strides.
+    Each group of dims is recut on its own: old sub-box -> flat runs -> new sub-boxes with a byte
+    shift and strides.
     """
     options: list[list[tuple[Box, int, Index]]] = []
     for a, b in groups:
@@ -269,7 +279,7 @@ def _fetch(chunk: Chunk, out: np.ndarray) -> None:
     itemsize = out.dtype.itemsize
     if chunk.is_dense(itemsize):
         if out.flags.c_contiguous:
-            chunk.source.readinto(chunk.offset, memoryview(out.reshape(-1).view(np.uint8)))
+            chunk.source.readinto(chunk.offset, out.reshape(-1).view(np.uint8).data)
             return
         _fetch_rows(chunk, out, dense=True)
         return
@@ -279,8 +289,9 @@ def _fetch(chunk: Chunk, out: np.ndarray) -> None:
 def _fetch_rows(chunk: Chunk, out: np.ndarray, *, dense: bool) -> None:
     """Read a piece that needs rearranging, in slabs that fit the scratch buffer.
 
-    A slab is one read of the bytes it spans. A span that is mostly other data (a few columns of a wide matrix) is
-    split along its outermost dim first, so that no more than about 4x the wanted bytes are read for long rows.
+    A slab is one read of the bytes it spans. A span that is mostly other data (a few columns of a
+    wide matrix) is split along its outermost dim first, so that no more than about 4x the wanted
+    bytes are read for long rows.
     """
     itemsize = out.dtype.itemsize
     first, end = chunk.span(itemsize)
@@ -297,11 +308,11 @@ def _fetch_rows(chunk: Chunk, out: np.ndarray, *, dense: bool) -> None:
                 hi = tuple(chunk.lo[k] + until if k == axis else h for k, h in enumerate(chunk.hi))
                 part = chunk.within((lo, hi))
                 assert part is not None
-                cut = tuple(slice(at, until) if k == axis else slice(None) for k in range(out.ndim))
-                _fetch_rows(part, out[cut], dense=dense)
+                ends = [(at, until) if k == axis else (0, n) for k, n in enumerate(ext)]
+                _fetch_rows(part, view(out, ends), dense=dense)
             return
     scratch = np.empty(end - first, np.uint8)
-    chunk.source.readinto(first, memoryview(scratch))
+    chunk.source.readinto(first, scratch.data)
     out[...] = np.ndarray(ext, out.dtype, scratch.data, 0, chunk.strides)
 
 

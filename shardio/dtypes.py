@@ -1,7 +1,8 @@
 """Element types: one table between numpy (ml_dtypes), torch and safetensors spellings.
 
-Everything in mconv carries a ``np.dtype``. Types that numpy lacks (bfloat16, float8, float4) come from ``ml_dtypes``.
-Spellings follow ``torch.dtype`` names and the safetensors format page (github.com/huggingface/safetensors).
+Everything in mconv carries a ``np.dtype``. Types that numpy lacks (bfloat16, float8, float4) come
+from ``ml_dtypes``. Spellings follow ``torch.dtype`` names and the safetensors format page
+(github.com/huggingface/safetensors).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Expression nodes: what cannot be written as a plain list of file pieces.
 
-``Map`` changes values; movement is pushed below it, so that its child stays a chunk list. The movement nodes
-(``Slice``, ``Permute``, ``Reshape``, ``Concat``) are the general case for children that are not chunk lists; each
-reads only the regions of its children that it needs.
+``Map`` changes values; movement is pushed below it, so that its child stays a chunk list. The
+movement nodes (``Slice``, ``Permute``, ``Reshape``, ``Concat``) are the general case for children
+that are not chunk lists; each reads only the regions of its children that it needs.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .box import Box, Index, Region, extent, intersect, normalize, reshape_groups
+from .box import Box, Index, Region, extent, intersect, normalize, reshape_groups, view
 from .tensor import Elementwise, LazyTensor
 
 
@@ -36,6 +36,10 @@ class Map(LazyTensor):
     def spans(self) -> Iterator[tuple[Path, int, int]]:
         """The base's file pieces."""
         return self._base.spans()
+
+    def leaves(self) -> Iterator[LazyTensor]:
+        """The base's leaves."""
+        return self._base.leaves()
 
     def slice(self, region: Region) -> LazyTensor:
         """Slice the base."""
@@ -68,6 +72,10 @@ class Slice(LazyTensor):
         """The base's file pieces."""
         return self._base.spans()
 
+    def leaves(self) -> Iterator[LazyTensor]:
+        """The base's leaves."""
+        return self._base.leaves()
+
     def slice(self, region: Region) -> LazyTensor:
         """Slice the base directly."""
         return Slice(self._base, _shift(normalize(region, self.shape), self._lo))
@@ -94,9 +102,16 @@ class Permute(LazyTensor):
         """The base's file pieces."""
         return self._base.spans()
 
+    def leaves(self) -> Iterator[LazyTensor]:
+        """The base's leaves."""
+        return self._base.leaves()
+
 
 class Reshape(LazyTensor):
-    """A row-major reshape. Reads the smallest base box that covers the region, group of dims by group of dims."""
+    """A row-major reshape.
+
+    Reads the smallest base box that covers the region, group of dims by group of dims.
+    """
 
     __slots__ = ("_base", "_groups")
 
@@ -133,6 +148,10 @@ class Reshape(LazyTensor):
         """The base's file pieces."""
         return self._base.spans()
 
+    def leaves(self) -> Iterator[LazyTensor]:
+        """The base's leaves."""
+        return self._base.leaves()
+
     def reshape(self, shape: Sequence[int]) -> LazyTensor:
         """Reshape the base directly."""
         return self._base.reshape(shape)
@@ -164,22 +183,31 @@ class Concat(LazyTensor):
     def fill(self, out: np.ndarray, box: Box) -> None:
         """Read the touching parts into their places."""
         for part, at, common in self._inside(box):
-            where = tuple(slice(l - o, h - o) for l, h, o in zip(*common, box[0], strict=True))
-            part.fill(out[where], _shift(common, tuple(-a for a in at)))
+            where = view(out, [(l - o, h - o) for l, h, o in zip(*common, box[0], strict=True)])
+            part.fill(where, _shift(common, tuple(-a for a in at)))
 
     def spans(self) -> Iterator[tuple[Path, int, int]]:
         """The parts' file pieces."""
         for part in self._parts:
             yield from part.spans()
 
+    def leaves(self) -> Iterator[LazyTensor]:
+        """The parts' leaves."""
+        for part in self._parts:
+            yield from part.leaves()
+
     def slice(self, region: Region) -> LazyTensor:
-        """Keep only the parts that the region touches (one slice of one expert stays one file range)."""
+        """Keep only the parts that the region touches (one slice of one expert stays one file
+        range).
+        """
         from .tensor import concat
 
         box = normalize(region, self.shape)
         cut = []
         for part, at, (lo, hi) in self._inside(box):
-            cut.append(part.slice([slice(l - a, h - a) for l, h, a in zip(lo, hi, at, strict=True)]))
+            cut.append(
+                part.slice([slice(l - a, h - a) for l, h, a in zip(lo, hi, at, strict=True)])
+            )
         return concat(cut, self._axis) if cut else Slice(self, box)
 
     def map(self, fn: Elementwise, dtype: np.dtype | None = None) -> LazyTensor:
@@ -193,11 +221,14 @@ def _shift(box: Box, by: Index) -> Box:
     return lo, hi
 
 
-def _cover(old: Index, new: Index, box: Box) -> tuple[list[int], list[int], slice | np.ndarray, int]:
+def _cover(
+    old: Index, new: Index, box: Box
+) -> tuple[list[int], list[int], slice | np.ndarray, int]:
     """Find the old box that covers a new box of the same flat space.
 
     Returns:
-        lo and hi of the old box (it is one flat range), what to pick of that range, and the range's length.
+        lo and hi of the old box (it is one flat range), what to pick of that range, and the range's
+        length.
     """
     lo, hi = box
     first = int(np.ravel_multi_index(lo, new)) if new else 0
@@ -217,5 +248,7 @@ def _cover(old: Index, new: Index, box: Box) -> tuple[list[int], list[int], slic
     size = prod(h - l for l, h in zip(low, high, strict=True))
     if last - first + 1 == prod(extent(box)):
         return low, high, slice(first - start, last - start + 1), size
-    index = np.ravel_multi_index(np.ix_(*[np.arange(l, h) for l, h in zip(lo, hi, strict=True)]), new)
+    index = np.ravel_multi_index(
+        np.ix_(*[np.arange(l, h) for l, h in zip(lo, hi, strict=True)]), new
+    )
     return low, high, index.reshape(-1) - start, size

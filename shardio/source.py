@@ -1,8 +1,9 @@
 """Byte sources: where the bytes of a tensor lie, and how they are fetched.
 
-A ``Source`` is anything with random access to bytes. ``FileSource`` is a plain file read with ``pread``: no mmap, so
-that pages of the input never count as resident memory, and no shared file position, so that any thread may read.
-Descriptors are opened on first use and kept in one bounded pool, because a checkpoint can have thousands of files.
+A ``Source`` is anything with random access to bytes. ``FileSource`` is a plain file read with
+``pread``: no mmap, so that pages of the input never count as resident memory, and no shared file
+position, so that any thread may read. Descriptors are opened on first use and kept in one bounded
+pool, because a checkpoint can have thousands of files.
 """
 
 from __future__ import annotations
@@ -50,7 +51,10 @@ class _Handle:
 
 
 class _Pool:
-    """Least-recently-used open files. Eviction drops a reference; a read in flight keeps its own."""
+    """Least-recently-used open files.
+
+    Eviction drops a reference; a read in flight keeps its own.
+    """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -116,7 +120,9 @@ class FileSource:
             try:
                 n = os.preadv(handle.fd, [buffer[done:]], offset + done)
             except OSError as e:
-                raise FormatError(f"{self.path}: read error at byte {offset + done} ({e.strerror})") from e
+                raise FormatError(
+                    f"{self.path}: read error at byte {offset + done} ({e.strerror})"
+                ) from e
             if n == 0:
                 raise FormatError(
                     f"{self.path}: file ends at byte {offset + done}, "
@@ -128,7 +134,8 @@ class FileSource:
         """Return ``nbytes`` bytes from ``offset`` (for headers and metadata)."""
         if offset < 0 or nbytes < 0 or offset + nbytes > self.size:
             raise FormatError(
-                f"{self.path}: bytes {offset}..{offset + nbytes} lie outside the file ({self.size} bytes)"
+                f"{self.path}: bytes {offset}..{offset + nbytes} lie outside the file "
+                f"({self.size} bytes)"
             )
         out = bytearray(nbytes)
         self.readinto(offset, memoryview(out))

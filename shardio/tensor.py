@@ -1,9 +1,10 @@
 """Lazy tensors: a shape, a dtype and ``read(region)``. Nothing is read until a region is asked for.
 
-Pure movement (slice, permute, reshape, concat, stack) on file-backed tensors is done at once on their chunk lists
-(``chunked.py``), so TP, PP, EP, ZeRO and any product of them end as the same thing: file ranges. What cannot stay a
-chunk list (values that change, reshapes that would shatter into rows) becomes a small expression node (``nodes.py``)
-that reads just the matching regions of its children.
+Pure movement (slice, permute, reshape, concat, stack) on file-backed tensors is done at once on
+their chunk lists (``chunked.py``), so TP, PP, EP, ZeRO and any product of them end as the same
+thing: file ranges. What cannot stay a chunk list (values that change, reshapes that would shatter
+into rows) becomes a small expression node (``nodes.py``) that reads just the matching regions of
+its children.
 """
 
 from __future__ import annotations
@@ -36,16 +37,21 @@ class LazyTensor(ABC):
 
     @abstractmethod
     def fill(self, out: np.ndarray, box: Box) -> None:
-        """Write the elements of ``box`` into ``out`` (shape of the box, this dtype, any strides)."""
+        """Write the elements of ``box`` into ``out`` (the box shape, this dtype, any strides)."""
 
     @abstractmethod
     def spans(self) -> Iterator[tuple[Path, int, int]]:
         """Yield (file, first byte, end byte) of everything this tensor is made of."""
 
+    def leaves(self) -> Iterator[LazyTensor]:
+        """Yield the tensors under this expression that are not made of others."""
+        yield self
+
     # -- reading --------------------------------------------------------------
 
     def read(self, region: Region = None) -> np.ndarray:
-        """Return a fresh C-contiguous array of ``region`` (slices or ints; ints keep their dim as size 1).
+        """Return a fresh C-contiguous array of ``region`` (slices or ints; ints keep their dim as
+        size 1).
 
         Raises:
             FormatError: a file is short or unreadable.
@@ -107,7 +113,10 @@ class LazyTensor(ABC):
         return self if target == self.shape else Reshape(self, target)
 
     def map(self, fn: Elementwise, dtype: np.dtype | None = None) -> LazyTensor:
-        """Return ``fn`` applied to the values. ``fn`` must be elementwise: result i depends on input i alone."""
+        """Return ``fn`` applied to the values.
+
+        ``fn`` must be elementwise: result i depends on input i alone.
+        """
         from .nodes import Map
 
         return Map(self, fn, self.dtype if dtype is None else dtype)
@@ -123,7 +132,7 @@ class LazyTensor(ABC):
 def resolve_shape(old: Index, new: Sequence[int]) -> Index:
     """Fill in a -1 and check the element count. Raises ValueError when they cannot match."""
     size = prod(old)
-    target = list(int(n) for n in new)
+    target = [int(n) for n in new]
     if target.count(-1) == 1:
         rest = prod(n for n in target if n != -1)
         if rest and size % rest == 0:
@@ -146,8 +155,14 @@ def concat(tensors: Sequence[LazyTensor], axis: int = 0) -> LazyTensor:
         raise ValueError("concat needs at least one tensor")
     first = tensors[0]
     for t in tensors[1:]:
-        if t.ndim != first.ndim or t.dtype != first.dtype or any(
-            a != b for k, (a, b) in enumerate(zip(t.shape, first.shape, strict=True)) if k != axis
+        if (
+            t.ndim != first.ndim
+            or t.dtype != first.dtype
+            or any(
+                a != b
+                for k, (a, b) in enumerate(zip(t.shape, first.shape, strict=True))
+                if k != axis
+            )
         ):
             raise ValueError(
                 f"cannot join {t.shape} {t.dtype} to {first.shape} {first.dtype} on dim {axis}"

@@ -26,4 +26,6 @@ def test_lazy_cast_keeps_the_shape_and_changes_the_dtype() -> None:
     x = np.array([[1.0, 2.5], [-3.25, 1e-3]], np.float32)
     lazy = from_array(x).cast(np.dtype(ml_dtypes.bfloat16))
     assert lazy.dtype == ml_dtypes.bfloat16
-    np.testing.assert_array_equal(lazy.read().astype(np.float32), x.astype(ml_dtypes.bfloat16).astype(np.float32))
+    np.testing.assert_array_equal(
+        lazy.read().astype(np.float32), x.astype(ml_dtypes.bfloat16).astype(np.float32)
+    )

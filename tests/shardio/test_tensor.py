@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ def flat_pieces(draw: st.DrawFn, x: np.ndarray) -> LazyTensor:
     flat = x.reshape(-1)
     edges = cuts(draw, flat.size, draw(st.integers(1, 4)))
     pieces = []
-    for a, b in zip(edges, edges[1:], strict=False):
+    for a, b in itertools.pairwise(edges):
         before = draw(st.integers(0, 5))
         buffer = np.concatenate([np.full(before, -1, x.dtype), flat[a:b], np.full(3, -2, x.dtype)])
         pieces.append(from_array(buffer).slice([slice(before, before + b - a)]))
@@ -46,13 +47,15 @@ def flat_pieces(draw: st.DrawFn, x: np.ndarray) -> LazyTensor:
 
 @st.composite
 def tilings(draw: st.DrawFn) -> tuple[np.ndarray, LazyTensor]:
-    """A tensor cut by TP on a random dim, each shard cut by ZeRO into flat ranges or stored strided."""
+    """A tensor cut by TP on a random dim, each shard cut by ZeRO into flat ranges or stored
+    strided.
+    """
     shape = tuple(draw(st.lists(st.integers(1, 7), min_size=1, max_size=3)))
     x = make(shape)
     axis = draw(st.integers(0, len(shape) - 1))
     edges = cuts(draw, shape[axis], draw(st.integers(1, 4)))
     shards = []
-    for a, b in zip(edges, edges[1:], strict=False):
+    for a, b in itertools.pairwise(edges):
         piece = np.take(x, range(a, b), axis=axis)
         kind = draw(st.sampled_from(["zero", "transposed", "plain"]))
         if kind == "zero" and piece.size:
@@ -74,7 +77,9 @@ def check(draw: st.DrawFn, lazy: LazyTensor, x: np.ndarray) -> None:
 
 @given(tilings(), st.data())
 @settings(max_examples=150, deadline=None)
-def test_any_tiling_reads_like_numpy(case: tuple[np.ndarray, LazyTensor], data: st.DataObject) -> None:
+def test_any_tiling_reads_like_numpy(
+    case: tuple[np.ndarray, LazyTensor], data: st.DataObject
+) -> None:
     x, lazy = case
     assert isinstance(lazy, Chunked)
     check(data.draw, lazy, x)
@@ -94,7 +99,9 @@ def factorings(draw: st.DrawFn, size: int) -> tuple[int, ...]:
 
 @given(tilings(), st.data())
 @settings(max_examples=200, deadline=None)
-def test_movement_chains_equal_numpy(case: tuple[np.ndarray, LazyTensor], data: st.DataObject) -> None:
+def test_movement_chains_equal_numpy(
+    case: tuple[np.ndarray, LazyTensor], data: st.DataObject
+) -> None:
     x, lazy = case
     for _ in range(data.draw(st.integers(1, 5))):
         op = data.draw(st.sampled_from(["reshape", "permute", "slice", "map", "concat"]))
@@ -158,14 +165,18 @@ def test_big_strided_pieces_go_through_small_scratch(tmp_path: Path) -> None:
     path = tmp_path / "x.bin"
     path.write_bytes(b"abc" + x.tobytes())
     lazy = Chunked.contiguous(FileSource.of(path), 3, x.shape, x.dtype)
-    both = concat([lazy.slice((slice(None), slice(1000, 2000))), lazy.slice((slice(None), slice(0, 1000)))], 1)
+    both = concat(
+        [lazy.slice((slice(None), slice(1000, 2000))), lazy.slice((slice(None), slice(0, 1000)))], 1
+    )
     np.testing.assert_array_equal(both.read(), np.concatenate([x[:, 1000:], x[:, :1000]], 1))
     np.testing.assert_array_equal(lazy.permute((1, 0)).read(), x.T)
 
 
 def test_stack_adds_a_dim() -> None:
     x = make((3, 4))
-    np.testing.assert_array_equal(stack([from_array(x), from_array(x + 1)]).read(), np.stack([x, x + 1]))
+    np.testing.assert_array_equal(
+        stack([from_array(x), from_array(x + 1)]).read(), np.stack([x, x + 1])
+    )
 
 
 def test_join_refuses_what_does_not_fit() -> None:

@@ -1,0 +1,75 @@
+"""The small files of a model:
+
+config, tokenizer, chat template. Found beside the weights or a level or two above.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+
+CONFIG = "config.json"
+_NAMES = (
+    CONFIG,
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tekken.json",
+    "spiece.model",
+    "chat_template.json",
+    "chat_template.jinja",
+)
+_MAX_JSON = 64 << 20
+
+
+def find_assets(folders: Iterable[Path]) -> tuple[Path, ...]:
+    """Return the first file of each known name over ``folders``, nearest folder first."""
+    found: dict[str, Path] = {}
+    for folder in folders:
+        for name in _NAMES:
+            path = folder / name
+            if name not in found and path.is_file():
+                found[name] = path
+    return tuple(found[name] for name in _NAMES if name in found)
+
+
+def around(path: Path, levels: int = 2) -> list[Path]:
+    """The folder of a checkpoint and ``levels`` parents: where its config and tokenizer may lie."""
+    folder = path if path.is_dir() else path.parent
+    return [folder, *list(folder.resolve().parents)[:levels]]
+
+
+def load_json(path: Path) -> Any:
+    """Parse a JSON file.
+
+    Raises ConfigError naming the file when it is missing, huge or malformed.
+    """
+    try:
+        if path.stat().st_size > _MAX_JSON:
+            raise ConfigError(f"{path}: {path.stat().st_size} bytes is too large for a JSON config")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise ConfigError(f"{path}: cannot be read ({e.strerror})") from e
+    except (ValueError, RecursionError) as e:
+        raise ConfigError(f"{path}: is not valid JSON ({e})") from e
+
+
+def load_config(assets: Iterable[Path]) -> Mapping[str, Any] | None:
+    """Return the parsed ``config.json`` among ``assets``, or None."""
+    for path in assets:
+        if path.name == CONFIG:
+            config = load_json(path)
+            if not isinstance(config, dict):
+                raise ConfigError(f"{path}: expected a JSON object, found {type(config).__name__}")
+            return config
+    return None

@@ -1,0 +1,143 @@
+"""Finding the format of a path, and opening it.
+
+Every module of ``shardio/formats/`` with a ``FORMAT`` is a format: dropping a file there adds one.
+``detect`` looks at names and magic bytes only. The path a user types is often one level off
+(``checkpoint-100/``, a rank file, the run's root), so its neighbours are tried too, nearest first.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from ..errors import ConfigError, FormatError, did_you_mean
+from .checkpoint import Checkpoint
+
+_TRACKERS = ("latest", "latest_checkpointed_iteration.txt", "latest_universal")
+_NUMBERED = re.compile(r"^(?:checkpoint|global_step|iter|step|epoch)[-_]?(\d+)$")
+
+
+@dataclass(frozen=True, slots=True)
+class OpenOptions:
+    """What a user may say when opening.
+
+    Attributes:
+        config: a config.json, or a folder with one (and the tokenizer).
+    """
+
+    config: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """One on-disk format.
+
+    Attributes:
+        name: what ``--format`` and ``Layout.format`` call it.
+        title: for people.
+        detect: given a file or folder, the root of a checkpoint of this format there, or None.
+            Reads names and magic bytes only; never raises for foreign content.
+        open: opens a root that ``detect`` returned. Reads metadata, no tensor bytes.
+        rank: lower wins when several formats see something in one folder.
+    """
+
+    name: str
+    title: str
+    detect: Callable[[Path], Path | None]
+    open: Callable[[Path, OpenOptions], Checkpoint]
+    rank: int = 50
+
+
+@lru_cache(maxsize=1)
+def formats() -> tuple[Format, ...]:
+    """All formats, by rank and name."""
+    package = importlib.import_module(".formats", __package__)
+    found = []
+    for module in pkgutil.iter_modules(package.__path__):
+        fmt = getattr(importlib.import_module(f"{package.__name__}.{module.name}"), "FORMAT", None)
+        if isinstance(fmt, Format):
+            found.append(fmt)
+    return tuple(sorted(found, key=lambda f: (f.rank, f.name)))
+
+
+def get_format(name: str) -> Format:
+    """Return the format of that name. Raises ConfigError with the closest known name."""
+    for fmt in formats():
+        if fmt.name == name:
+            return fmt
+    names = [f.name for f in formats()]
+    raise ConfigError(
+        f"unknown format {name!r}{did_you_mean(name, names)}; known: {', '.join(names)}"
+    )
+
+
+def open_checkpoint(
+    path: str | Path, *, format: str | None = None, config: str | Path | None = None
+) -> Checkpoint:
+    """Open any checkpoint. Reads metadata only; tensors are read when asked for.
+
+    Args:
+        path: the checkpoint folder, a folder one level above or below it, or one of its files.
+        format: name of the format when it shall not be found out.
+        config: a config.json or a model folder, for checkpoints that carry none.
+
+    Raises:
+        FormatError: nothing readable there, or a checkpoint that is broken or incomplete.
+        ConfigError: unknown format name, unreadable config.
+    """
+    start = Path(path)
+    if not start.exists():
+        raise FormatError(f"{start}: no such file or folder")
+    options = OpenOptions(config=Path(config) if config is not None else None)
+    fmt, root = locate(start, format)
+    return fmt.open(root, options)
+
+
+def locate(start: Path, format: str | None = None) -> tuple[Format, Path]:
+    """Return the format and the root that ``open_checkpoint`` would use.
+
+    Raises:
+        FormatError: no format recognises the path or its neighbours.
+    """
+    known = (get_format(format),) if format else formats()
+    for place in _neighbours(start):
+        for fmt in known:
+            root = fmt.detect(place)
+            if root is not None:
+                return fmt, root
+    names = ", ".join(f.title for f in known)
+    raise FormatError(
+        f"{start}: no checkpoint found here, one level above or one level below "
+        f"(looked for: {names}). " + _what_is_there(start)
+    )
+
+
+def _neighbours(start: Path) -> Iterator[Path]:
+    yield start
+    if start.is_dir():
+        for tracker in _TRACKERS:
+            file = start / tracker
+            if file.is_file() and file.stat().st_size < 4096:
+                name = file.read_text(encoding="utf-8", errors="replace").strip()
+                if name and "/" not in name and (start / name).is_dir():
+                    yield start / name
+        children = [c for c in start.iterdir() if c.is_dir() and not c.name.startswith(".")]
+        numbered = [(int(m[1]), c) for c in children if (m := _NUMBERED.match(c.name))]
+        yield from (c for _, c in sorted(numbered, reverse=True))
+        yield from sorted(c for c in children if not _NUMBERED.match(c.name))
+    else:
+        yield start.parent
+    parent = start.resolve().parent if start.is_dir() else start.resolve().parent.parent
+    yield parent
+
+
+def _what_is_there(start: Path) -> str:
+    if start.is_file():
+        return f"The file has {start.stat().st_size} bytes."
+    names = sorted(c.name for c in start.iterdir())[:8]
+    return f"The folder holds: {', '.join(names)}." if names else "The folder is empty."
