@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
 from mconv.shardio.names import strip_wrappers, stripped
 
 
