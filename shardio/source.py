@@ -35,6 +35,13 @@ class Source(Protocol):
         """Fill ``buffer`` (bytes, contiguous) from ``offset``. Raises FormatError when short."""
         ...
 
+    def locate(self, offset: int) -> tuple[FileSource, int] | None:
+        """Return (file, position there) of byte ``offset`` when the bytes lie plainly in a file.
+
+        Writers then let the kernel copy them. None for bytes that are compressed or in memory.
+        """
+        ...
+
 
 class _Handle:
     """An open descriptor; closed when the pool and the last reader let go of it."""
@@ -104,6 +111,10 @@ class FileSource:
         except OSError as e:
             raise FormatError(f"{path}: cannot be opened ({e.strerror})") from e
 
+    def locate(self, offset: int) -> tuple[FileSource, int]:
+        """The file itself and the same offset."""
+        return self, offset
+
     def handle(self) -> _Handle:
         """Return an object whose ``fd`` stays open as long as it is referenced."""
         return _POOL.get(self.path)
@@ -160,6 +171,9 @@ class MemorySource:
         if end > len(self.data):
             raise FormatError(f"{self.path}: {end - len(self.data)} bytes missing at the end")
         buffer[:] = self.data[offset:end]
+
+    def locate(self, offset: int) -> None:
+        """Not in a file."""
 
 
 def close_files() -> None:
