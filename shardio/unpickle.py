@@ -1,0 +1,108 @@
+"""Read a pickle without executing anything: classes become inert records.
+
+Everything that a file names, except a fixed table of plain data types (``pickle_globals``),
+becomes a ``Record`` that only stores what the pickle passes to it. So a checkpoint with arbitrary
+classes inside loads without those classes, and a hostile one loads too, as data. Format:
+CPython's ``pickletools`` (protocols 0 to 5).
+"""
+
+from __future__ import annotations
+
+import gc
+import struct
+from collections.abc import Callable
+
+from ..errors import FormatError
+from .pickle_guard import Guard
+from .pickle_machine import Machine
+from .pickle_ops import HANDLERS
+
+_STOP = 0x2E
+_GC_PAUSE_BYTES = 100_000
+
+
+def loads(
+    data: bytes, *, where: str, persistent_load: Callable[[object], object] | None = None
+) -> object:
+    """Return the object that a pickle describes, as plain data, Records and numpy values.
+
+    Args:
+        data: the pickle; bytes after its end are ignored.
+        where: file (and entry) for messages.
+        persistent_load: turns a persistent id into a value; without it such ids are refused.
+
+    Raises:
+        FormatError: truncated, malformed or hostile data.
+    """
+    return load_prefix(data, where=where, persistent_load=persistent_load)[0]
+
+
+def load_prefix(
+    data: bytes, *, where: str, persistent_load: Callable[[object], object] | None = None
+) -> tuple[object, int]:
+    """Like ``loads``, but also return how many bytes the pickle took."""
+    machine = Machine(data, Guard(where, len(data)), persistent_load)
+    # Building millions of containers would trigger the cycle collector again and again.
+    pause = len(data) > _GC_PAUSE_BYTES and gc.isenabled()
+    if pause:
+        gc.disable()
+    try:
+        _run(machine)
+        return machine.stack.pop(), machine.pos
+    except IndexError:
+        if machine.pos >= len(data):
+            raise FormatError(f"{where}: malformed pickle: truncated at {len(data)}") from None
+        raise FormatError(
+            f"{where}: malformed pickle: a value is missing at {machine.pos}"
+        ) from None
+    except (TypeError, ValueError, OverflowError, KeyError, struct.error, MemoryError) as e:
+        raise FormatError(f"{where}: malformed pickle near {machine.pos}: {e}") from None
+    finally:
+        if pause:
+            gc.enable()
+
+
+def _run(machine: Machine) -> None:
+    """Execute up to STOP. The frequent opcodes are inline; literals because names cost time."""
+    data, stack, memo = machine.data, machine.stack, machine.memo
+    push, pop, remember = stack.append, stack.pop, memo.append
+    handlers = HANDLERS
+    from_bytes = int.from_bytes
+    pos, end = machine.pos, len(data)
+    while True:
+        op = data[pos]
+        pos += 1
+        if op == 0x94:  # MEMOIZE
+            remember(stack[-1])
+        elif op == 0x6A:  # LONG_BINGET
+            push(memo[from_bytes(data[pos : pos + 4], "little")])
+            pos += 4
+        elif op == 0x68:  # BINGET
+            push(memo[data[pos]])
+            pos += 1
+        elif op == 0x4B:  # BININT1
+            push(data[pos])
+            pos += 1
+        elif op == 0x29:  # EMPTY_TUPLE
+            push(())
+        elif op == 0x85:  # TUPLE1
+            stack[-1] = (stack[-1],)
+        elif op == 0x86:  # TUPLE2
+            second = pop()
+            stack[-1] = (stack[-1], second)
+        elif op == 0x4D:  # BININT2
+            push(data[pos] | data[pos + 1] << 8)
+            pos += 2
+        elif op == 0x71 and data[pos] == len(memo):  # BINPUT, in sequence
+            remember(stack[-1])
+            pos += 1
+        elif op == 0x8C and (stop := pos + 1 + data[pos]) <= end:  # SHORT_BINUNICODE
+            push(str(data[pos + 1 : stop], "utf-8", "surrogatepass"))
+            pos = stop
+        elif op == _STOP:
+            machine.pos = pos
+            return
+        else:
+            machine.pos = pos
+            handlers[op](machine)
+            pos = machine.pos
