@@ -1,5 +1,91 @@
-"""The ``mconv`` command."""
+"""The ``mconv`` command: parse, call one library function, render.
+
+Commands live in ``commands/``, one module each, imported only when they are used, so that ``mconv
+--help`` is instant. Exit codes: 0 ok, 1 a bug of ours, 2 bad input or usage.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+from typing import Any
+
+import click
+
+from .errors import MconvError, did_you_mean
+
+# name -> one-line help, so that listing the commands imports none of them
+_COMMANDS = {
+    "inspect": "Show what a checkpoint is: format, layout, tensors, what is missing.",
+    "reshard": "Merge or reshard a checkpoint into another layout.",
+    "to-gguf": "Convert a checkpoint of any layout to GGUF.",
+    "diff": "Compare two checkpoints of any formats, tensor by tensor.",
+}
 
 
-def main() -> None:
-    """Run the command line."""
+class _Lazy(click.Group):
+    """A group whose commands are imported on use."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in _COMMANDS:
+            return None
+        module = import_module(f".commands.{name.replace('-', '_')}", __package__)
+        command: click.Command = module.command
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in _COMMANDS and not args[0].startswith("-"):
+            ctx.fail(f"no such command {args[0]!r}{did_you_mean(args[0], _COMMANDS)}")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_COMMANDS.items()))
+
+
+@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="mconv", prog_name="mconv")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.pass_context
+def cli(ctx: click.Context, debug: bool) -> None:
+    """Turn any trained LLM checkpoint into a model that runs."""
+    ctx.obj = {"debug": debug}
+
+
+def main(args: list[str] | None = None) -> Any:
+    """Run the command line and exit."""
+    argv = sys.argv[1:] if args is None else args
+    try:
+        cli.main(argv, prog_name="mconv", standalone_mode=False)
+        sys.exit(0)
+    except click.exceptions.Exit as e:
+        sys.exit(e.exit_code)
+    except click.ClickException as e:
+        e.show()
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted; run again with --resume to continue", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except MconvError as e:
+        if "--debug" in argv:
+            raise
+        click.echo(f"{click.style('error:', fg='red', bold=True)} {e}", err=True)
+        sys.exit(2)
+    except Exception as e:
+        if "--debug" in argv:
+            raise
+        click.echo(
+            f"internal error: {type(e).__name__}: {e}\nThis is a bug of mconv; run with "
+            "`mconv --debug ...` for the traceback and report it.",
+            err=True,
+        )
+        sys.exit(1)

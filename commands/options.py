@@ -1,0 +1,159 @@
+"""Options and rendering that several commands share: sizes, memory limits, progress, JSON."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import click
+
+from ..shardio.stream import DEFAULT_MEMORY, Limits, Progress
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_SIZE = re.compile(r"^(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?$", re.IGNORECASE)
+
+
+class Size(click.ParamType):
+    """A byte size: ``5GB`` (decimal), ``1GiB`` (binary), ``4096``."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = _SIZE.match(str(value).strip())
+        if not match:
+            self.fail(f"{value!r} is not a size such as 5GB or 1GiB", param, ctx)
+        number, unit, binary = match.groups()
+        power = "KMGT".index(unit.upper()) + 1 if unit else 0
+        factor = 1024**power if binary else _UNITS[unit.upper()]
+        size = int(float(number) * factor)
+        if size <= 0:
+            self.fail("a size must be positive", param, ctx)
+        return size
+
+
+def source_options(fn: F) -> F:
+    """Options about opening the source."""
+    fn = click.option(
+        "--config",
+        type=click.Path(exists=True),
+        help="config.json or model folder, if it has none.",
+    )(fn)
+    return click.option("--format", "source_format", help="Format of SRC, if not to be found out.")(
+        fn
+    )
+
+
+def model_options(fn: F) -> F:
+    """Options about which weights become the model."""
+    for option in (
+        click.option(
+            "--weights",
+            type=click.Choice(["model", "master"]),
+            default="model",
+            show_default=True,
+            help="The model's weights, or the optimizer's fp32 copies.",
+        ),
+        click.option(
+            "--vocab-size",
+            type=click.IntRange(1),
+            help="True vocabulary size, where the checkpoint is padded.",
+        ),
+        click.option("--tokenizer", type=click.Path(exists=True), help="Tokenizer folder or file."),
+        click.option(
+            "--verify-replicas/--no-verify-replicas",
+            "verify",
+            default=True,
+            help="Compare stored copies of a tensor before writing.",
+        ),
+    ):
+        fn = option(fn)
+    return fn
+
+
+def output_options(fn: F) -> F:
+    """Options about writing."""
+    for option in (
+        click.option(
+            "--max-memory",
+            type=Size(),
+            default=DEFAULT_MEMORY,
+            show_default="1GiB",
+            help="Working memory over all threads.",
+        ),
+        click.option("--threads", type=click.IntRange(1), help="Worker threads (default: cores)."),
+        click.option("--force", is_flag=True, help="Replace an existing output."),
+        click.option("--resume", is_flag=True, help="Continue an interrupted run."),
+        click.option("--dry-run", is_flag=True, help="Plan and check everything, write nothing."),
+    ):
+        fn = option(fn)
+    return fn
+
+
+def render_options(fn: F) -> F:
+    """Options about what is shown."""
+    fn = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(fn)
+    return click.option("-q", "--quiet", is_flag=True, help="Print errors only.")(fn)
+
+
+def limits(max_memory: int, threads: int | None) -> Limits:
+    """The limits a user asked for."""
+    return Limits(max_memory=max_memory, threads=threads)
+
+
+@contextmanager
+def progress_bar(label: str, *, shown: bool) -> Iterator[Progress | None]:
+    """Show bytes done, rate and time left on stderr while the block runs."""
+    if not shown:
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+    from rich.progress import Progress as Bar
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label, total=None)
+
+        def update(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        yield update
+
+
+def show_json(value: Any) -> None:
+    """Print a JSON document."""
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+
+
+def human(nbytes: float) -> str:
+    """A byte count for people: ``1.23 GB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.2f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} TB"
+
+
+def warn(messages: tuple[str, ...]) -> None:
+    """Print warnings on stderr."""
+    for message in messages:
+        click.echo(f"{click.style('warning:', fg='yellow')} {message}", err=True)

@@ -1,0 +1,303 @@
+"""The streaming writer: fills files of known layout from payloads, in parallel, within a memory
+budget.
+
+Every output offset is known before the first byte is read. Threads take slabs from one queue that
+is ordered by source file and offset, so inputs are read about sequentially; each holds at most one
+slab. Finished payloads are journalled after their bytes are on disk, which is what makes
+``--resume`` safe.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import OutputError
+from .payload import Copy, Payload, Render, Slab
+from .source import FileSource
+
+Progress = Callable[[int, int], None]
+
+DEFAULT_MEMORY = 1 << 30
+_SLAB = 8 << 20  # more only costs page faults
+_SYNC_EVERY = 1 << 30  # bytes between two syncs of the journal
+
+
+@dataclass(frozen=True, slots=True)
+class OutFile:
+    """One output file.
+
+    Attributes:
+        name: path relative to the output folder.
+        size: total bytes.
+        parts: (offset, payload) pairs; they do not overlap.
+    """
+
+    name: str
+    size: int
+    parts: tuple[tuple[int, Payload], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a write may use.
+
+    Attributes:
+        max_memory: bytes of working memory over all threads.
+        threads: worker threads (None: one per core, at most 8).
+    """
+
+    max_memory: int = DEFAULT_MEMORY
+    threads: int | None = None
+
+    def workers(self) -> int:
+        """Number of threads; fewer when the budget is too small to give each one a slab."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        wanted = self.threads or min(8, cores or 1)
+        return max(1, min(wanted, self.max_memory // (1 << 20)))
+
+    def slab(self) -> int:
+        """Bytes that producing one slab may need."""
+        return max(64 << 10, min(_SLAB, self.max_memory // (2 * self.workers())))
+
+
+@dataclass(slots=True)
+class Journal:
+    """Which payloads of which files are finished.
+
+    Lines are only written for bytes already synced.
+    """
+
+    path: Path
+    done: set[tuple[int, int]] = field(default_factory=set)
+
+    @classmethod
+    def load(cls, path: Path) -> Journal:
+        """Read a journal; a torn last line is ignored."""
+        journal = cls(path)
+        if path.exists():
+            for line in path.read_text(encoding="ascii", errors="ignore").splitlines():
+                parts = line.split()
+                if (
+                    len(parts) == 3
+                    and parts[2] == "ok"
+                    and parts[0].isdigit()
+                    and parts[1].isdigit()
+                ):
+                    journal.done.add((int(parts[0]), int(parts[1])))
+        return journal
+
+    def add(self, finished: Sequence[tuple[int, int]]) -> None:
+        """Append finished (file, part) pairs durably."""
+        with self.path.open("a", encoding="ascii") as f:
+            f.writelines(f"{a} {b} ok\n" for a, b in finished)
+            f.flush()
+            os.fsync(f.fileno())
+        self.done.update(finished)
+
+
+def write_files(
+    folder: Path,
+    files: Sequence[OutFile],
+    *,
+    limits: Limits | None = None,
+    journal: Journal | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Write ``files`` into ``folder`` and sync them.
+
+    Args:
+        folder: where the files go; parents of nested names are made.
+        files: what to write.
+        limits: memory and threads.
+        journal: skip what it lists, add what is finished.
+        progress: called with (bytes done, bytes in all), from any thread.
+
+    Raises:
+        OutputError: the disk is full or the folder cannot be written.
+        FormatError: a source turned out short.
+    """
+    _Run(folder, files, limits or Limits(), journal, progress).run()
+
+
+class _Run:
+    """One call of ``write_files``."""
+
+    def __init__(
+        self,
+        folder: Path,
+        files: Sequence[OutFile],
+        limits: Limits,
+        journal: Journal | None,
+        progress: Progress | None,
+    ) -> None:
+        self.folder, self.files, self.limits = folder, files, limits
+        self.journal, self.progress = journal, progress
+        self.lock = threading.Lock()
+        self.stop = threading.Event()
+        self.total = sum(p.nbytes for f in files for _, p in f.parts)
+        self.done_bytes = 0
+        self.unsynced = 0
+        self.left: dict[tuple[int, int], int] = {}
+        self.finished: list[tuple[int, int]] = []
+        self.fds: list[int] = []
+
+    def run(self) -> None:
+        try:
+            self._open()
+            queue = self._queue()
+            with ThreadPoolExecutor(self.limits.workers(), "mconv-write") as pool:
+                jobs = [pool.submit(self._work, queue) for _ in range(self.limits.workers())]
+                try:
+                    done, _ = wait(jobs, return_when=FIRST_EXCEPTION)
+                finally:
+                    self.stop.set()  # also on Ctrl-C: nobody starts another slab
+                for job in (*done, *jobs):
+                    job.result()
+            self._sync()
+        except OSError as e:
+            raise output_error(self.folder, e) from e
+        finally:
+            self.stop.set()
+            for fd in self.fds:
+                os.close(fd)
+
+    def _open(self) -> None:
+        for f in self.files:
+            path = self.folder / f.name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
+            self.fds.append(fd)
+            os.ftruncate(fd, f.size)
+
+    def _queue(self) -> Iterator[tuple[int, int, int, Slab]]:
+        """Slabs of all unfinished payloads, in source order:
+
+        (file, part, offset of the part, slab).
+        """
+        done = self.journal.done if self.journal else set()
+        order = []
+        for k, f in enumerate(self.files):
+            for j, (offset, payload) in enumerate(f.parts):
+                if (k, j) in done:
+                    self.done_bytes += payload.nbytes
+                elif payload.nbytes:
+                    order.append((payload.first_span(), k, j, offset, payload))
+                    self.left[k, j] = payload.nbytes
+        order.sort(key=lambda item: item[:3])
+        limit = self.limits.slab()
+        for _, k, j, offset, payload in order:
+            for slab in payload.slabs(limit):
+                yield k, j, offset, slab
+
+    def _work(self, queue: Iterator[tuple[int, int, int, Slab]]) -> None:
+        while not self.stop.is_set():
+            with self.lock:
+                item = next(queue, None)
+            if item is None:
+                return
+            k, j, offset, slab = item
+            if isinstance(slab, Copy):
+                kernel_copy(slab.source, slab.position, self.fds[k], offset + slab.at, slab.nbytes)
+            else:
+                _pwrite(self.fds[k], _render(slab), offset + slab.at)
+            self._count(k, j, slab.nbytes)
+
+    def _count(self, k: int, j: int, nbytes: int) -> None:
+        sync = False
+        with self.lock:
+            self.done_bytes += nbytes
+            self.unsynced += nbytes
+            self.left[k, j] -= nbytes
+            assert self.left[k, j] >= 0, "a payload produced more bytes than it announced"
+            if self.left[k, j] == 0:
+                self.finished.append((k, j))
+                sync = self.journal is not None and self.unsynced >= _SYNC_EVERY
+                if sync:
+                    self.unsynced = 0
+            if self.progress:
+                self.progress(self.done_bytes, self.total)
+        if sync:
+            self._sync()
+
+    def _sync(self) -> None:
+        with self.lock:
+            finished, self.finished = self.finished, []
+        for k in sorted({k for k, _ in finished}):
+            os.fsync(self.fds[k])
+        if self.journal and finished:
+            self.journal.add(finished)
+
+
+def _render(slab: Render) -> memoryview:
+    made = slab.make()
+    if isinstance(made, np.ndarray):
+        made = np.ascontiguousarray(made).reshape(-1).view(np.uint8).data
+    data = memoryview(made)
+    assert data.nbytes == slab.nbytes, f"a slab has {data.nbytes} bytes instead of {slab.nbytes}"
+    return data
+
+
+def _pwrite(fd: int, data: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(data):
+        done += os.pwrite(fd, data[done:], offset + done)
+
+
+_NO_KERNEL_COPY = {
+    errno.EXDEV,
+    errno.EINVAL,
+    errno.ENOSYS,
+    errno.EOPNOTSUPP,
+    errno.EPERM,
+    errno.EBADF,
+}
+
+
+def kernel_copy(source: FileSource, position: int, fd: int, offset: int, nbytes: int) -> None:
+    """Copy bytes between files inside the kernel; through memory where it cannot.
+
+    Args:
+        source: the file to copy from.
+        position: first byte there.
+        fd: output descriptor.
+        offset: first byte in the output.
+        nbytes: how many.
+
+    Raises:
+        FormatError: the source ends early.
+        OSError: the output cannot be written.
+    """
+    handle = source.handle()
+    done = 0
+    if hasattr(os, "copy_file_range"):
+        while done < nbytes:
+            try:
+                n = os.copy_file_range(handle.fd, fd, nbytes - done, position + done, offset + done)
+            except OSError as e:
+                if e.errno in _NO_KERNEL_COPY:
+                    break
+                raise
+            if n == 0:
+                break  # the source ends (the read below says where), or the file system will not
+            done += n
+    step = 4 << 20
+    while done < nbytes:
+        buffer = np.empty(min(step, nbytes - done), np.uint8).data
+        source.readinto(position + done, buffer)
+        _pwrite(fd, buffer, offset + done)
+        done += len(buffer)
+
+
+def output_error(folder: Path, e: OSError) -> OutputError:
+    """Turn an OSError of a write into one clear error."""
+    if e.errno == errno.ENOSPC:
+        return OutputError(f"{folder}: the disk is full; free space and run again with --resume")
+    return OutputError(f"{e.filename or folder}: cannot be written ({e.strerror})")
