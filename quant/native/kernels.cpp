@@ -1,0 +1,63 @@
+// One instruction set's table of kernels. Compiled once per set, with MCONV_ISA naming it and the
+// matching -m flags; everything inside has that name's namespace, so nothing leaks between sets.
+#include "kernels.hpp"
+
+#include "casts.hpp"
+#include "iq4.hpp"
+#include "kquants.hpp"
+#include "legacy.hpp"
+#include "tiny.hpp"
+
+#define MCONV_TEXT2(x) #x
+#define MCONV_TEXT(x) MCONV_TEXT2(x)
+#define MCONV_JOIN2(a, b) a##b
+#define MCONV_JOIN(a, b) MCONV_JOIN2(a, b)
+
+namespace mconv {
+namespace MCONV_ISA {
+
+static bool runs_here() {
+#if defined(__AVX512F__)
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#elif defined(__AVX2__)
+    return __builtin_cpu_supports("avx2");
+#else
+    return true;
+#endif
+}
+
+static const Format kFormats[] = {
+    // id, block, bytes, encode, decode, wants row mean
+    {2, 32, 18, encode_q4_0, nullptr, true},
+    {3, 32, 20, encode_q4_1, nullptr, true},
+    {6, 32, 22, encode_q5_0, nullptr, true},
+    {7, 32, 24, encode_q5_1, nullptr, true},
+    {8, 32, 34, encode_q8_0, nullptr, false},
+    {10, 256, 84, encode_q2_k, nullptr, false},
+    {11, 256, 110, encode_q3_k, nullptr, false},
+    {12, 256, 144, encode_q45_k<4>, nullptr, false},
+    {13, 256, 176, encode_q45_k<5>, nullptr, false},
+    {14, 256, 210, encode_q6_k, nullptr, false},
+    {20, 32, 18, encode_iq4_nl, nullptr, false},
+    {23, 256, 136, encode_iq4_xs, nullptr, false},
+    {34, 256, 54, encode_tq1_0, nullptr, false},
+    {35, 256, 66, encode_tq2_0, nullptr, false},
+    {39, 32, 17, encode_mxfp4, nullptr, false},
+    {40, 64, 36, encode_nvfp4, nullptr, false},
+    {41, 128, 18, encode_q1_0, nullptr, false},
+    {42, 64, 18, encode_q2_0, nullptr, false},
+};
+
+}  // namespace MCONV_ISA
+
+const Isa& MCONV_JOIN(isa_, MCONV_ISA)() {
+    using namespace MCONV_ISA;
+    static const Isa isa = {
+        MCONV_TEXT(MCONV_ISA), runs_here, kFormats, int(sizeof(kFormats) / sizeof(kFormats[0])),
+        {bf16_to_float_row, half_to_float_row, float_to_bf16_row, float_to_half_row, finite_row,
+         row_mean_squares}};
+    return isa;
+}
+
+}  // namespace mconv

@@ -1,0 +1,51 @@
+// What the dispatcher and the kernels share: a job, and one table of functions per instruction set.
+#pragma once
+
+#include <cstdint>
+
+namespace mconv {
+
+// Rows [rows, cols] of finite float32 to encode at `out`; rows are contiguous on both sides.
+struct Job {
+    const float* x;
+    int64_t rows, cols;
+    const float* weights;   // importance [cols], or null
+    const float* row_mean;  // mean of squares per row [rows], or null
+    uint8_t* out;
+    bool overflow;          // set when a scale did not fit in float16
+};
+
+using Encode = void (*)(Job&);
+using Decode = void (*)(const uint8_t* in, int64_t blocks, float* out);
+
+struct Format {
+    int id, block, bytes;
+    Encode encode;
+    Decode decode;
+    bool wants_row_mean;  // with importance, the encoder needs Job::row_mean
+};
+
+struct Casts {
+    void (*bf16_to_float)(const uint16_t*, float*, int64_t);
+    void (*half_to_float)(const uint16_t*, float*, int64_t);
+    void (*float_to_bf16)(const float*, uint16_t*, int64_t);
+    bool (*float_to_half)(const float*, uint16_t*, int64_t);  // true: a finite value overflowed
+    bool (*finite)(const float*, int64_t);
+    void (*row_means)(const float*, int64_t rows, int64_t cols, float*);
+};
+
+struct Isa {
+    const char* name;
+    bool (*runs_here)();
+    const Format* formats;
+    int count;
+    Casts casts;
+};
+
+const Isa& isa_generic();
+#if defined(__x86_64__)
+const Isa& isa_avx2();
+const Isa& isa_avx512();
+#endif
+
+}  // namespace mconv

@@ -1,0 +1,358 @@
+// Q2_K .. Q6_K: super-blocks of 256 = 8 x 32 or 16 x 16 elements, whose scales (and minima) are
+// themselves quantized. A lane is a whole super-block, so its sub-block scales form a column that
+// the same vector code quantizes again.
+#pragma once
+
+#include "legacy.hpp"
+
+namespace mconv::MCONV_ISA {
+
+// The levels of one sub-block re-derived from its rounded scale `d` and minimum `m`; where the
+// scale rounded to zero the search's levels stay.
+template <int N, int NMAX>
+MCONV_INLINE void requantize_positive(const VF* x, VF d, VF m, const Asymmetric& s, VI* q) {
+    VI keep = d == 0.f;
+    for (int e = 0; e < N; ++e) q[e] = clamp(nearest((x[e] + m) / d), 0, NMAX);
+    if (any(keep))
+        for (int e = 0; e < N; ++e) q[e] = select(keep, stored_level<NMAX>(s, x[e]), q[e]);
+}
+
+// Two-bit planes: per 128 elements, byte l holds elements l, l+32, l+64, l+96 from low to high.
+MCONV_INLINE void put_two_bits(const Lanes& lanes, int offset, const VI* q) {
+    VI words[16];
+    for (int i = 0; i < 16; ++i) {
+        const VI* a = q + (i / 8) * 128 + (i % 8) * 4;
+        VI b[4];
+        for (int k = 0; k < 4; ++k)
+            b[k] = (a[k] & 3) | (a[k + 32] & 3) << 2 | (a[k + 64] & 3) << 4 | (a[k + 96] & 3) << 6;
+        words[i] = word(b[0], b[1], b[2], b[3]);
+    }
+    scatter<16>(lanes, offset, words);
+}
+
+// ---- Q4_K, Q5_K ------------------------------------------------------------------------------
+
+// Six-bit scales and minima of 8 sub-blocks in 12 bytes; both become what a reader unpacks.
+MCONV_INLINE void put_six_bits(const Lanes& lanes, int offset, VI* scale, VI* low) {
+    VI b[12];
+    for (int j = 0; j < 4; ++j) {
+        b[j] = (scale[j] | scale[j + 4] >> 4 << 6) & 255;
+        b[j + 4] = (low[j] | low[j + 4] >> 4 << 6) & 255;
+        b[j + 8] = (scale[j + 4] & 15) | (low[j + 4] & 15) << 4;
+    }
+    for (int j = 0; j < 4; ++j) {
+        scale[j] = b[j] & 63;
+        low[j] = b[j + 4] & 63;
+        scale[j + 4] = (b[j + 8] & 15) | b[j] >> 6 << 4;
+        low[j + 4] = b[j + 8] >> 4 | b[j + 4] >> 6 << 4;
+    }
+    VI words[3] = {word(b[0], b[1], b[2], b[3]), word(b[4], b[5], b[6], b[7]),
+                   word(b[8], b[9], b[10], b[11])};
+    scatter<3>(lanes, offset, words);
+}
+
+template <int BITS>
+void encode_q45_k(Job& job) {
+    constexpr int top = (1 << BITS) - 1;
+    constexpr int bytes = BITS == 4 ? 144 : 176;
+    for_groups<256, bytes>(job, [&](const Lanes& lanes) {
+        VF x[256], scale[8], low[8], sum_w[8];
+        Asymmetric found[8];
+        gather<256>(lanes.x, x);
+        VF importance[256], mean = {};
+        if (job.weights) {
+            gather<256>(lanes.weights, importance);
+            mean = 2.f * sum_squares<256>(x) / 256.f;
+        }
+        for (int j = 0; j < 8; ++j) {
+            const VF* xs = x + 32 * j;
+            VF w[32];
+            sum_w[j] = VF{};
+            if (job.weights) {
+                error_weights<32>(xs, importance + 32 * j, mean, w);
+                for (int e = 0; e < 32; ++e) sum_w[j] += w[e];
+                found[j] = search_asymmetric<32, top, 36, false>(xs, w, -0.9f, 0.05f);
+            } else {
+                VF rms = sqrt(sum_squares<32>(xs) / 32.f);
+                for (int e = 0; e < 32; ++e) w[e] = rms + abs(xs[e]);
+                found[j] = BITS == 4 ? search_asymmetric<32, top, 20, false>(xs, w, -1.f, 0.1f)
+                                     : search_asymmetric<32, top, 15, false>(xs, w, -0.5f, 0.1f);
+            }
+            scale[j] = found[j].scale;
+            low[j] = found[j].minimum;
+        }
+        VI ls[8], lm[8];
+        VF d, dmin;
+        if (job.weights) {
+            d = search_positive<8, 63>(scale, sum_w, ls);
+            dmin = search_positive<8, 63>(low, sum_w, lm);
+        } else {
+            VF max_scale = {}, max_low = {};
+            for (int j = 0; j < 8; ++j) {
+                max_scale = larger(scale[j], max_scale);
+                max_low = larger(low[j], max_low);
+            }
+            VF up = select(max_scale > 0.f, 63.f / max_scale, VF{});
+            VF up_low = select(max_low > 0.f, 63.f / max_low, VF{});
+            for (int j = 0; j < 8; ++j) {
+                ls[j] = nearest(up * scale[j]) & 255;
+                lm[j] = nearest(up_low * low[j]) & 255;
+            }
+            d = max_scale / 63.f;
+            dmin = max_low / 63.f;
+        }
+        if (BITS == 5 || !job.weights)
+            for (int j = 0; j < 8; ++j) ls[j] = min(ls[j], splat(63)), lm[j] = min(lm[j], splat(63));
+        d = put_half(lanes, 0, d, job);
+        dmin = put_half(lanes, 2, dmin, job);
+        put_six_bits(lanes, 4, ls, lm);
+        VI q[256];
+        for (int j = 0; j < 8; ++j) {
+            VF ds = d * to_float(ls[j]), ms = dmin * to_float(lm[j]);
+            requantize_positive<32, top>(x + 32 * j, ds, ms, found[j], q + 32 * j);
+        }
+        if (BITS == 5) {
+            VI words[8];
+            for (int i = 0; i < 8; ++i) {
+                VI b[4];
+                for (int k = 0; k < 4; ++k) {
+                    b[k] = VI{};
+                    for (int j = 0; j < 8; ++j) b[k] |= (q[32 * j + 4 * i + k] >> 4) << j;
+                }
+                words[i] = word(b[0], b[1], b[2], b[3]);
+            }
+            scatter<8>(lanes, 16, words);
+        }
+        VI words[32];
+        for (int i = 0; i < 32; ++i) {
+            const VI *a = q + (i / 8) * 64 + (i % 8) * 4, *b = a + 32;
+            words[i] = word((a[0] & 15) | (b[0] & 15) << 4, (a[1] & 15) | (b[1] & 15) << 4,
+                            (a[2] & 15) | (b[2] & 15) << 4, (a[3] & 15) | (b[3] & 15) << 4);
+        }
+        scatter<32>(lanes, BITS == 5 ? 48 : 16, words);
+    });
+}
+
+// ---- Q2_K ------------------------------------------------------------------------------------
+
+inline void encode_q2_k(Job& job) {
+    for_groups<256, 84>(job, [&](const Lanes& lanes) {
+        VF x[256], scale[16], low[16], sum_w[16];
+        Asymmetric found[16];
+        gather<256>(lanes.x, x);
+        VF importance[256], mean = {};
+        if (job.weights) {
+            gather<256>(lanes.weights, importance);
+            mean = sum_squares<256>(x) / 256.f;
+        }
+        for (int j = 0; j < 16; ++j) {
+            const VF* xs = x + 16 * j;
+            VF w[16];
+            sum_w[j] = VF{};
+            if (job.weights) {
+                error_weights<16>(xs, importance + 16 * j, mean, w);
+                for (int e = 0; e < 16; ++e) sum_w[j] += w[e];
+                found[j] = search_asymmetric<16, 3, 36, false>(xs, w, -0.9f, 0.05f);
+            } else {
+                for (int e = 0; e < 16; ++e) w[e] = abs(xs[e]);
+                found[j] = search_asymmetric<16, 3, 15, true>(xs, w, -0.5f, 0.1f);
+            }
+            scale[j] = found[j].scale;
+            low[j] = found[j].minimum;
+        }
+        VI ls[16], lm[16];
+        VF d = {}, dmin = {};
+        if (job.weights) {
+            d = search_positive<16, 15>(scale, sum_w, ls);
+            dmin = search_positive<16, 15>(low, sum_w, lm);
+        } else {
+            for (int j = 0; j < 16; ++j) {
+                d = larger(scale[j], d);
+                dmin = larger(low[j], dmin);
+            }
+            VF up = 15.f / d, up_low = 15.f / dmin;
+            for (int j = 0; j < 16; ++j) {
+                ls[j] = select(d > 0.f, nearest(up * scale[j]), VI{});
+                lm[j] = select(dmin > 0.f, nearest(up_low * low[j]), VI{});
+            }
+            d = d / 15.f;
+            dmin = dmin / 15.f;
+        }
+        VI packed[16], words[4], q[256];
+        for (int j = 0; j < 16; ++j) packed[j] = (ls[j] | lm[j] << 4) & 255;
+        for (int i = 0; i < 4; ++i)
+            words[i] = word(packed[4 * i], packed[4 * i + 1], packed[4 * i + 2], packed[4 * i + 3]);
+        scatter<4>(lanes, 0, words);
+        d = put_half(lanes, 80, d, job);
+        dmin = put_half(lanes, 82, dmin, job);
+        for (int j = 0; j < 16; ++j) {
+            VF ds = d * to_float(packed[j] & 15), ms = dmin * to_float(packed[j] >> 4);
+            requantize_positive<16, 3>(x + 16 * j, ds, ms, found[j], q + 16 * j);
+        }
+        put_two_bits(lanes, 16, q);
+    });
+}
+
+// ---- Q3_K ------------------------------------------------------------------------------------
+
+// Coordinate descent from the plain start (no importance); levels are signed, -4..3.
+template <int N, int NMAX>
+VF descend_symmetric(const VF* x, VI* level, VI* zero) {
+    AbsMax m = abs_max<N>(x);
+    *zero = m.amax < kGroupMaxEps;
+    VF inverse = -float(NMAX) / select(*zero, splat(1.f), m.value), lx = {}, l2 = {};
+    for (int e = 0; e < N; ++e) {
+        level[e] = clamp(nearest(inverse * x[e]), -NMAX, NMAX - 1);
+        VF w = x[e] * x[e], f = to_float(level[e]);
+        lx += w * x[e] * f;
+        l2 += w * f * f;
+    }
+    for (int sweep = 0; sweep < 5; ++sweep) {
+        VI changed = {};
+        for (int e = 0; e < N; ++e) {
+            VF w = x[e] * x[e], wx = w * x[e], f = to_float(level[e]);
+            VF slx = lx - wx * f, sl2 = l2 - w * f * f;
+            VI l = clamp(nearest(x[e] * sl2 / slx), -NMAX, NMAX - 1);
+            VI maybe = (slx > 0.f) & (l != level[e]) & ~*zero;
+            VF g = to_float(l);
+            slx += wx * g;
+            sl2 += w * g * g;
+            maybe &= (sl2 > 0.f) & (slx * slx * l2 > lx * lx * sl2);
+            level[e] = select(maybe, l, level[e]);
+            lx = select(maybe, slx, lx);
+            l2 = select(maybe, sl2, l2);
+            changed |= maybe;
+        }
+        if (!any(changed)) break;
+    }
+    for (int e = 0; e < N; ++e) level[e] = select(*zero, VI{}, level[e] + NMAX);
+    return select(*zero | ~(l2 > 0.f), VF{}, lx / l2);
+}
+
+// Six-bit scales (biased by 32) of 16 sub-blocks in 12 bytes.
+MCONV_INLINE void put_q3_scales(const Lanes& lanes, int offset, const VI* l) {
+    VI b[12];
+    for (int j = 0; j < 8; ++j) b[j] = (l[j] & 15) | (l[j + 8] & 15) << 4;
+    for (int j = 0; j < 4; ++j)
+        b[8 + j] = (l[j] >> 4) | (l[j + 4] >> 4) << 2 | (l[j + 8] >> 4) << 4 | (l[j + 12] >> 4) << 6;
+    VI words[3] = {word(b[0], b[1], b[2], b[3]), word(b[4], b[5], b[6], b[7]),
+                   word(b[8], b[9], b[10], b[11])};
+    scatter<3>(lanes, offset, words);
+}
+
+inline void encode_q3_k(Job& job) {
+    for_groups<256, 110>(job, [&](const Lanes& lanes) {
+        VF x[256], scale[16], sum_w[16], importance[256], mean = {};
+        VI q[256], ls[16];
+        gather<256>(lanes.x, x);
+        if (job.weights) {
+            gather<256>(lanes.weights, importance);
+            mean = 2.f * sum_squares<256>(x) / 256.f;
+        }
+        for (int j = 0; j < 16; ++j) {
+            const VF* xs = x + 16 * j;
+            if (job.weights) {
+                VF w[16];
+                error_weights<16>(xs, importance + 16 * j, mean, w);
+                sum_w[j] = VF{};
+                for (int e = 0; e < 16; ++e) sum_w[j] += w[e];
+                Symmetric s = search_symmetric<16, 4, true>(xs, w);
+                for (int e = 0; e < 16; ++e) q[16 * j + e] = stored_level<4>(s, xs[e]);
+                scale[j] = s.scale;
+            } else {
+                VI zero;
+                scale[j] = descend_symmetric<16, 4>(xs, q + 16 * j, &zero);
+            }
+        }
+        VF d;
+        if (job.weights) {
+            Symmetric s = search_symmetric<16, 32, true>(scale, sum_w);
+            for (int j = 0; j < 16; ++j) ls[j] = stored_level<32>(s, scale[j]);
+            d = s.scale;
+        } else {
+            VF peak = abs_max<16>(scale).value, inverse = -32.f / peak;
+            VI some = peak != 0.f;
+            for (int j = 0; j < 16; ++j) {
+                VI l = nearest(inverse * scale[j]) << 24 >> 24;  // an int8 in the reference
+                ls[j] = select(some, clamp(l, -32, 31) + 32, VI{});
+            }
+            d = select(some, 1.f / inverse, VF{});
+        }
+        put_q3_scales(lanes, 96, ls);
+        d = put_half(lanes, 108, d, job);
+        for (int j = 0; j < 16; ++j) {
+            VF ds = d * to_float(ls[j] - 32);
+            VI keep = ds == 0.f;
+            for (int e = 16 * j; e < 16 * j + 16; ++e)
+                q[e] = select(keep, q[e], clamp(nearest(x[e] / ds), -4, 3) + 4);
+        }
+        VI words[8];
+        for (int i = 0; i < 8; ++i) {
+            VI b[4];
+            for (int k = 0; k < 4; ++k) {
+                b[k] = VI{};
+                for (int j = 0; j < 8; ++j) b[k] |= (q[32 * j + 4 * i + k] >> 2) << j;
+            }
+            words[i] = word(b[0], b[1], b[2], b[3]);
+        }
+        scatter<8>(lanes, 0, words);
+        put_two_bits(lanes, 32, q);
+    });
+}
+
+// ---- Q6_K ------------------------------------------------------------------------------------
+
+MCONV_INLINE void put_q6(const Lanes& lanes, const VI* q) {
+    VI words[48];
+    for (int i = 0; i < 16; ++i) {
+        const VI* a = q + (i / 8) * 128 + (i % 8) * 4;
+        VI b[4], c[4], h[4];
+        for (int k = 0; k < 4; ++k) {
+            b[k] = (a[k] & 15) | (a[k + 64] & 15) << 4;
+            c[k] = (a[k + 32] & 15) | (a[k + 96] & 15) << 4;
+            h[k] = a[k] >> 4 | a[k + 32] >> 4 << 2 | a[k + 64] >> 4 << 4 | a[k + 96] >> 4 << 6;
+        }
+        int at = (i / 8) * 16 + i % 8;
+        words[at] = word(b[0], b[1], b[2], b[3]);
+        words[at + 8] = word(c[0], c[1], c[2], c[3]);
+        words[32 + i] = word(h[0], h[1], h[2], h[3]);
+    }
+    scatter<48>(lanes, 0, words);
+}
+
+inline void encode_q6_k(Job& job) {
+    for_groups<256, 210>(job, [&](const Lanes& lanes) {
+        VF x[256], scale[16], importance[256];
+        Symmetric found[16];
+        gather<256>(lanes.x, x);
+        if (job.weights) gather<256>(lanes.weights, importance);
+        for (int j = 0; j < 16; ++j) {
+            found[j] = job.weights
+                           ? search_symmetric<16, 32, true>(x + 16 * j, importance + 16 * j)
+                           : search_symmetric<16, 32, false>(x + 16 * j, nullptr);
+            scale[j] = found[j].scale;
+        }
+        AbsMax peak = abs_max<16>(scale);
+        VI zero = peak.amax < kGroupMaxEps, q[256], words[4], ls[16];
+        VF inverse = -128.f / peak.value;
+        VF d = put_half(lanes, 208, select(zero, VF{}, 1.f / inverse), job);
+        for (int j = 0; j < 16; ++j) {
+            ls[j] = min(nearest(inverse * scale[j]), splat(127)) << 24 >> 24;
+            VF ds = d * to_float(ls[j]);
+            VI keep = ds == 0.f;
+            for (int e = 16 * j; e < 16 * j + 16; ++e)
+                q[e] = clamp(nearest(x[e] / ds), -32, 31) + 32;
+            if (any(keep))
+                for (int e = 16 * j; e < 16 * j + 16; ++e)
+                    q[e] = select(keep, stored_level<32>(found[j], x[e]), q[e]);
+            for (int e = 16 * j; e < 16 * j + 16; ++e) q[e] = select(zero, VI{}, q[e]);
+            ls[j] = select(zero, VI{}, ls[j] & 255);
+        }
+        put_q6(lanes, q);
+        for (int i = 0; i < 4; ++i)
+            words[i] = word(ls[4 * i], ls[4 * i + 1], ls[4 * i + 2], ls[4 * i + 3]);
+        scatter<4>(lanes, 192, words);
+    });
+}
+
+}  // namespace mconv::MCONV_ISA
