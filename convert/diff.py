@@ -39,7 +39,7 @@ class DiffReport:
         return not names and all(d.equal for d in self.tensors)
 
     def within(self, tolerance: float) -> bool:
-        """Whether names and shapes agree and no tensor's relative difference exceeds ``tolerance``."""
+        """Whether names and shapes agree and no relative difference exceeds ``tolerance``."""
         names = self.only_left or self.only_right or self.reshaped
         return not names and all(d.max_rel <= tolerance for d in self.tensors)
 

@@ -60,12 +60,12 @@ def prepare(
         bad = check_master_agreement(ckpt, sample=_SAMPLE_ROWS)
         if bad:
             raise FormatError(
-                f"{ckpt.path}: {len(bad)} weights are not the rounded fp32 masters, so the files do "
-                f"not belong together (swapped ranks or mixed steps?): {bad[0].name}: "
+                f"{ckpt.path}: {len(bad)} weights are not the rounded fp32 masters, so the files "
+                f"do not belong together (swapped ranks or mixed steps?): {bad[0].name}: "
                 f"{bad[0].problem}"
             )
     chosen = _choose(ckpt, weights)
-    kept = {k: v for k, v in ckpt.optimizer.items()} if with_optimizer else {}
+    kept = ckpt.optimizer if with_optimizer else {}
     size = vocab_size if vocab_size is not None else vocab_size_of(ckpt, tokenizer)
     out = to_hf(replace(ckpt, weights=chosen, optimizer=kept), vocab_size=size)
     if dtype is None:

@@ -239,8 +239,9 @@ class _Run:
 def _render(slab: Render) -> memoryview:
     made = slab.make()
     if isinstance(made, np.ndarray):
-        made = np.ascontiguousarray(made).reshape(-1).view(np.uint8).data
-    data = memoryview(made)
+        data = np.ascontiguousarray(made).reshape(-1).view(np.uint8).data
+    else:
+        data = memoryview(made)
     assert data.nbytes == slab.nbytes, f"a slab has {data.nbytes} bytes instead of {slab.nbytes}"
     return data
 
