@@ -37,7 +37,7 @@ _ALIASES = (
     ("torch.distributed._tensor.", "torch.distributed.tensor."),
     ("torch.distributed.tensor._api.", "torch.distributed.tensor."),
 )
-_DTYPE_CODE = re.compile(r"[|<>=]?([biufc](1|2|4|8|16)|[SUV]\d{1,6}|\?)")
+_DTYPE_CODE = re.compile(r"[|<>=]?([iu][1248]|f[248]|c8|c16|b1|\?|[SV][1-9]\d{0,5})")
 _COLLECTIONS = (list, tuple, set, frozenset)
 _MAX_ARRAY_DIMS = 32
 _STORAGE_DTYPES = {
@@ -280,6 +280,8 @@ def _tensor(guard: Guard, args: Args) -> object:
     """``_rebuild_tensor(storage, offset, size, stride)`` and _v2 with more arguments."""
     if len(args) < 4 or type(args[0]) is not Storage:
         guard.fail("a tensor has no storage")
+    if len(args) > 6 and args[6]:  # {"conj": True} or {"neg": True}
+        return Record("torch._utils._rebuild_tensor_v2", args)
     return make_tensor(args[0], args[0].dtype, args[1], args[2], args[3])
 
 
@@ -287,13 +289,14 @@ def _tensor_v3(guard: Guard, args: Args) -> object:
     """As v2, with the element type given apart from an untyped storage."""
     if len(args) < 7 or type(args[0]) is not Storage:
         guard.fail("a tensor has no storage")
-    if not isinstance(args[6], np.dtype):
+    if not isinstance(args[6], np.dtype) or (len(args) > 7 and args[7]):
         return Record("torch._utils._rebuild_tensor_v3", args)
     return make_tensor(args[0], args[6], args[1], args[2], args[3])
 
 
 def _parameter(guard: Guard, args: Args) -> object:
-    if not args:
+    """A parameter is its data: a StoredTensor, or the Record of a DTensor."""
+    if not args or type(args[0]) not in (StoredTensor, Record):
         guard.fail("a parameter has no data")
     return args[0]
 
@@ -320,7 +323,9 @@ def _from_type(guard: Guard, args: Args) -> object:
 
 
 def _device(guard: Guard, args: Args) -> object:
-    return ":".join(brief(a).strip("'") for a in args[:2])
+    if not 1 <= len(args) <= 2 or type(args[0]) is not str or type(args[-1]) not in (str, int):
+        return Record("torch.device", args)
+    return args[0] if len(args) == 1 else f"{args[0][:80]}:{brief(args[1])}"
 
 
 def _first_text(guard: Guard, args: Args) -> object:
@@ -372,5 +377,7 @@ _TABLE: dict[str, Build] = {
     "torch._utils._rebuild_tensor_v3": _tensor_v3,
     "torch._utils._rebuild_parameter": _parameter,
     "torch._utils._rebuild_parameter_with_state": _parameter,
+    "torch.nn.parameter.Parameter": _parameter,
     "torch._tensor._rebuild_from_type_v2": _from_type,
+    "torch._tensor._rebuild_from_type": _from_type,
 }

@@ -35,6 +35,10 @@ def brief(value: object) -> str:
     return f"a {type(value).__name__}"
 
 
+class TruncatedPickle(FormatError):  # noqa: N818  # a FormatError that readers of streams catch
+    """The data ended before the pickle did."""
+
+
 class Guard:
     """Budget and key checks of one unpickling."""
 
@@ -46,6 +50,10 @@ class Guard:
     def fail(self, problem: str) -> NoReturn:
         """Raise the FormatError of this file."""
         raise FormatError(f"{self.where}: malformed pickle: {problem}")
+
+    def truncated(self, problem: str) -> NoReturn:
+        """Raise the error of a pickle that ends too early."""
+        raise TruncatedPickle(f"{self.where}: malformed pickle: truncated: {problem}")
 
     def spend(self, amount: int) -> None:
         """Charge work or memory that the file did not pay for with its own bytes."""

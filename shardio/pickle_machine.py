@@ -41,14 +41,14 @@ class Machine:
         start = self.pos
         self.pos = end = start + count
         if end > len(self.data):
-            self.guard.fail(f"truncated: {count} bytes wanted at {start}, {len(self.data)} in all")
+            self.guard.truncated(f"{count} bytes wanted at {start}, {len(self.data)} in all")
         return self.data[start:end]
 
     def line(self) -> bytes:
         """Return the bytes up to the next newline (text opcodes of protocol 0)."""
         end = self.data.find(b"\n", self.pos, self.pos + _MAX_LINE)
         if end < 0:
-            self.guard.fail(f"truncated: no end of line after {self.pos}")
+            self.guard.truncated(f"no end of line after {self.pos}")
         text = self.data[self.pos : end]
         self.pos = end + 1
         return text

@@ -7,7 +7,6 @@ Extension codes and out-of-band buffers are refused.
 
 from __future__ import annotations
 
-import codecs
 import struct
 from collections.abc import Callable
 from typing import Any
@@ -17,10 +16,10 @@ import numpy as np
 from .pickle_globals import set_numpy_state
 from .pickle_guard import brief
 from .pickle_machine import Machine
+from .pickle_text import MAX_INT_BYTES, decode_py2, text_float, text_int, text_string
 from .records import Record, StoredTensor
 
 _MAX_MARKS = 20_000
-_MAX_INT_BYTES = 1_024
 _U32, _U64, _F64 = (struct.Struct(c).unpack for c in ("<I", "<Q", ">d"))
 
 
@@ -48,7 +47,7 @@ def op_proto(m: Machine) -> None:
 
 def op_frame(m: Machine) -> None:
     if _U64(m.take(8))[0] > len(m.data) - m.pos:
-        m.guard.fail("truncated: a frame reaches behind the end")
+        m.guard.truncated("a frame reaches behind the end")
 
 
 def op_extension(m: Machine) -> None:
@@ -77,38 +76,14 @@ def _push(read: Callable[[Machine], object]) -> Callable[[Machine], None]:
     return lambda m: m.stack.append(read(m))
 
 
-def _text_int(m: Machine) -> object:
-    text = m.line()
-    if text in (b"00", b"01"):  # how protocol 0 writes booleans
-        return text == b"01"
-    if len(text) > _MAX_INT_BYTES:
-        m.guard.fail("an integer is absurdly long")
-    return int(text.rstrip(b"L"))
-
-
 def _binary_int(width: int) -> Callable[[Machine], object]:
     def read(m: Machine) -> object:
         size = int.from_bytes(m.take(width), "little")
-        if size > _MAX_INT_BYTES:
+        if size > MAX_INT_BYTES:
             m.guard.fail("an integer is absurdly long")
         return int.from_bytes(m.take(size), "little", signed=True)
 
     return read
-
-
-def decode_py2(raw: bytes) -> str:
-    """Decode a Python 2 byte string: UTF-8 as torch does, latin-1 where that fails."""
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError:
-        return raw.decode("latin-1")
-
-
-def _text_string(m: Machine) -> object:
-    text = m.line().strip()
-    if len(text) < 2 or text[:1] != text[-1:] or text[:1] not in (b"'", b'"'):
-        m.guard.fail("a string has no quotes")
-    return decode_py2(codecs.escape_decode(text[1:-1])[0])
 
 
 def _utf8(width: int) -> Callable[[Machine], object]:
@@ -326,10 +301,10 @@ _TABLE: dict[bytes, Callable[[Machine], None]] = {
     b"0": op_pop,
     b"1": lambda m: m.pop_mark().clear(),
     b"2": op_dup,
-    b"F": _push(lambda m: float(m.line())),
+    b"F": _push(text_float),
     b"G": _push(lambda m: _F64(m.take(8))[0]),
-    b"I": _push(_text_int),
-    b"L": _push(_text_int),
+    b"I": _push(text_int),
+    b"L": _push(text_int),
     b"J": _push(lambda m: int.from_bytes(m.take(4), "little", signed=True)),
     b"M": _push(lambda m: int.from_bytes(m.take(2), "little")),
     b"\x8a": _push(_binary_int(1)),
@@ -341,7 +316,7 @@ _TABLE: dict[bytes, Callable[[Machine], None]] = {
     b"]": _new(list),
     b"}": _new(dict),
     b"\x8f": _new(set),
-    b"S": _push(_text_string),
+    b"S": _push(text_string),
     b"U": _push(lambda m: decode_py2(m.counted(1))),
     b"T": _push(lambda m: decode_py2(m.counted(4))),
     b"V": _push(lambda m: str(m.line(), "raw-unicode-escape")),

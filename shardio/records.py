@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from ..errors import FormatError
+from ..errors import FormatError, UnsupportedError
 
 MAX_DEPTH = 500
 _MAX_VISITS = 4_000_000
@@ -30,7 +30,8 @@ _EXOTIC = {
     "torch._utils._rebuild_meta_tensor_no_storage": "a meta tensor (it has no data)",
     "torch._utils._rebuild_device_tensor_from_numpy": "a tensor of a device without storages",
     "torch._utils._rebuild_device_tensor_from_cpu_tensor": "a tensor of a device without storages",
-    "torch._utils._rebuild_tensor_v3": "a tensor of a dtype that numpy lacks",
+    "torch._utils._rebuild_tensor_v2": "a lazily conjugated or negated tensor",
+    "torch._utils._rebuild_tensor_v3": "a tensor of a dtype that numpy lacks, or a lazy conjugate",
 }
 
 
@@ -88,7 +89,8 @@ class Record:
 
     def __getattr__(self, name: str) -> object:
         state = self.state
-        if type(state) is dict and name in state:
+        # Protocol names (__array_interface__...) must never come from a file.
+        if type(state) is dict and name in state and not name.startswith("__"):
             return state[name]
         raise AttributeError(f"{self.name[:200]!r} has no field {name!r}")
 
@@ -254,14 +256,26 @@ class _Walk:
             self.path.pop()
 
 
-def walk_tensors(root: object) -> Iterator[tuple[tuple[object, ...], StoredTensor]]:
+def _dotted(path: list[object], key: object) -> str:
+    parts = [str(p)[:100] if type(p) in (str, int) else f"({type(p).__name__})" for p in path]
+    return repr(".".join([*parts, str(key)[:100] if type(key) in (str, int) else "?"]))
+
+
+def walk_tensors(
+    root: object, *, skip_exotic: bool = False
+) -> Iterator[tuple[tuple[object, ...], StoredTensor]]:
     """Yield (path, tensor) for every tensor below dicts, lists, tuples and Records, in file order.
 
     A path has one entry per level: dict keys, list indices, Record field names. A tensor that is
     reachable by two paths (tied weights) is yielded twice. Cycles are cut.
 
+    Args:
+        root: an unpickled object.
+        skip_exotic: pass over sparse, quantized and similar tensors instead of refusing them.
+
     Raises:
         FormatError: deeper than 500 levels, or shared substructures repeated millions of times.
+        UnsupportedError: a tensor of a kind that mconv cannot read, with its path.
     """
     walk = _Walk()
     if type(root) is StoredTensor:
@@ -273,6 +287,9 @@ def walk_tensors(root: object) -> Iterator[tuple[tuple[object, ...], StoredTenso
             if type(child) is StoredTensor:
                 walk.found += 1
                 yield (*walk.path, key), child
+            elif kind := exotic_kind(child):
+                if not skip_exotic:
+                    raise UnsupportedError(f"{_dotted(walk.path, key)} is {kind}")
             elif (
                 id(child) not in walk.barren
                 and (pairs := children(child))

@@ -188,7 +188,7 @@ def build_header(
         metadata: text map for ``__metadata__``; left out when None (``{}`` is written as such).
 
     Raises:
-        FormatError: a name twice, or a header above the format's 100 MB.
+        FormatError: a name twice or not Unicode, or a header above the format's 100 MB.
         UnsupportedError: an element type that safetensors lacks.
     """
     tree: dict[str, object] = {} if metadata is None else {_METADATA: dict(metadata)}
@@ -204,7 +204,10 @@ def build_header(
         tree[name] = {"dtype": code, "shape": list(shape), "data_offsets": [at, at + count]}
         offsets.append(at)
         at += count
-    text = json.dumps(tree, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    try:
+        text = json.dumps(tree, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as e:
+        raise FormatError(f"a tensor name or metadata is not Unicode text: {e.reason}") from None
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER:
         raise FormatError(

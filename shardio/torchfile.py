@@ -21,7 +21,7 @@ from .torchlegacy import is_legacy, parse_storage_id, read_legacy
 from .torchzip import FileSlice, ZipDirectory
 from .unpickle import loads
 
-_MAX_PICKLE = 2 << 30
+_MAX_PICKLE = 512 << 20
 _KNOWN_OTHERS = (
     (b"version https://git-lfs", "a git-lfs pointer: fetch the real file with 'git lfs pull'"),
     (b"GGUF", "a GGUF file"),
@@ -40,6 +40,8 @@ class TorchFile:
         kind: "zip" or "legacy".
         big_endian: tensor bytes are stored big-endian (each ``Storage`` says so, too).
         storages: every storage that the object refers to, by key.
+        archive: name of the zip's only folder, "" for legacy files. torch takes it from the name
+            the file had when it was saved, so it gives away files that were renamed or swapped.
     """
 
     path: Path
@@ -47,6 +49,7 @@ class TorchFile:
     kind: str
     big_endian: bool
     storages: dict[str, Storage]
+    archive: str = ""
 
 
 def open_torch_file(path: Path, offset: int = 0, length: int | None = None) -> TorchFile:
@@ -145,7 +148,7 @@ def _open_zip(source: FileSlice) -> TorchFile:
     data = directory.read(directory.entries[names[0]], _MAX_PICKLE)
     where = f"{source.path}: {names[0]}" + (f" at byte {source.offset}" if source.offset else "")
     root = loads(data, where=where, persistent_load=persistent_load)
-    return TorchFile(source.path, root, "zip", big_endian, storages)
+    return TorchFile(source.path, root, "zip", big_endian, storages, folder.rstrip("/"))
 
 
 def read_stored(tensor: StoredTensor) -> np.ndarray:

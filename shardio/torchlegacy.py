@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import FormatError
 from .pickle_globals import storage_dtype
+from .pickle_guard import TruncatedPickle
 from .records import Global, Storage
 from .torchzip import FileSlice
 from .unpickle import load_prefix
@@ -174,7 +174,7 @@ def _pickle(
         data = source.read(at, count)
         try:
             value, used = load_prefix(data, where=where, persistent_load=persistent_load)
-        except FormatError:
+        except TruncatedPickle:
             if count < window or window >= _MAX_WINDOW:
                 raise
             window *= 8

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import struct
-import zlib
 from bisect import bisect_right
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,6 @@ _LOCAL = struct.Struct("<4s5H3L2H")
 _MAX_DIRECTORY = 1 << 30
 _MAX_COMMENT = 0xFFFF
 _EDGE = 4096  # bytes cached at both ends: small archives need no further read
-_DEFLATED = 8
 
 
 class FileSlice:
@@ -63,14 +61,13 @@ class FileSlice:
 
 @dataclass(frozen=True, slots=True)
 class ZipEntry:
-    """One entry: its name, stored size in bytes, size when unpacked, method, header position."""
+    """One entry: name, bytes in the archive, bytes unpacked, method (0 stored), header position."""
 
     name: str
     packed: int
     size: int
     method: int
     header: int
-    crc: int
 
 
 class ZipDirectory:
@@ -105,10 +102,10 @@ class ZipDirectory:
         return start
 
     def stored(self, entry: ZipEntry) -> int:
-        """Like ``locate``, for entries whose bytes must lie there uncompressed."""
+        """Like ``locate``, for an entry whose bytes lie there uncompressed, or FormatError."""
         if entry.method != 0 or entry.packed != entry.size:
             self.source.fail(
-                f"zip entry {entry.name!r} is compressed; torch stores tensors uncompressed, "
+                f"zip entry {entry.name!r} is compressed; torch stores uncompressed, "
                 "so the archive was repacked: unpack it and zip it again with 'zip -0'"
             )
         return self.locate(entry)
@@ -117,16 +114,7 @@ class ZipDirectory:
         """Return an entry's content, at most ``limit`` bytes (metadata only)."""
         if entry.size > limit:
             self.source.fail(f"zip entry {entry.name!r} has {entry.size} bytes, limit {limit}")
-        raw = self.source.read(self.locate(entry), entry.packed)
-        if entry.method == _DEFLATED:
-            inflater = zlib.decompressobj(-15)
-            try:
-                raw = inflater.decompress(raw, entry.size + 1)
-            except zlib.error as e:
-                self.source.fail(f"zip entry {entry.name!r} is damaged: {e}")
-        if len(raw) != entry.size:
-            self.source.fail(f"zip entry {entry.name!r} has not the size that its entry claims")
-        return raw
+        return self.source.read(self.stored(entry), entry.size)
 
 
 def _find_directory(source: FileSlice) -> tuple[int, int, int]:
@@ -167,23 +155,10 @@ def _read_entries(source: FileSlice, raw: bytes, count: int) -> dict[str, ZipEnt
     while at < len(raw):
         if at + _CENTRAL.size > len(raw) or raw[at : at + 4] != b"PK\x01\x02":
             source.fail("the zip directory is damaged")
-        (
-            _,
-            _,
-            _,
-            flags,
-            method,
-            _,
-            _,
-            crc,
-            packed,
-            size,
-            name_n,
-            extra_n,
-            comment_n,
-            *_,
-            header,
-        ) = _CENTRAL.unpack_from(raw, at)
+        fields = _CENTRAL.unpack_from(raw, at)
+        flags, method = fields[3:5]
+        packed, size, name_n, extra_n, comment_n = fields[8:13]
+        header = fields[16]
         at += _CENTRAL.size
         after = at + name_n + extra_n + comment_n
         if after > len(raw):
@@ -199,9 +174,9 @@ def _read_entries(source: FileSlice, raw: bytes, count: int) -> dict[str, ZipEnt
         parts = name.split("/")
         if name in entries or ".." in parts or "\\" in name or not parts[0]:
             source.fail(f"zip entry {name[:100]!r} is a duplicate or leaves the archive")
-        if flags & 1 or method not in (0, _DEFLATED):
-            source.fail(f"zip entry {name[:100]!r} is encrypted or compressed in an unknown way")
-        entries[name] = ZipEntry(name, packed, size, method, header, crc)
+        if flags & 1:
+            source.fail(f"zip entry {name[:100]!r} is encrypted")
+        entries[name] = ZipEntry(name, packed, size, method, header)
     if len(entries) != count:
         source.fail(f"the zip directory has {len(entries)} entries instead of {count}")
     return entries

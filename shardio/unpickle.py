@@ -13,12 +13,14 @@ import struct
 from collections.abc import Callable
 
 from ..errors import FormatError
-from .pickle_guard import Guard
+from .pickle_guard import Guard, TruncatedPickle
 from .pickle_machine import Machine
+from .pickle_nesting import check_nesting
 from .pickle_ops import HANDLERS
 
 _STOP = 0x2E
 _GC_PAUSE_BYTES = 100_000
+_LONGEST_FIXED = 9  # bytes of the longest opcode with a fixed argument
 
 
 def loads(
@@ -48,14 +50,18 @@ def load_prefix(
         gc.disable()
     try:
         _run(machine)
-        return machine.stack.pop(), machine.pos
+        root = machine.stack.pop()
+        check_nesting(machine.guard, root)
+        return root, machine.pos
     except IndexError:
-        if machine.pos >= len(data):
-            raise FormatError(f"{where}: malformed pickle: truncated at {len(data)}") from None
-        raise FormatError(
-            f"{where}: malformed pickle: a value is missing at {machine.pos}"
-        ) from None
-    except (TypeError, ValueError, OverflowError, KeyError, struct.error, MemoryError) as e:
+        if machine.pos + _LONGEST_FIXED > len(data):
+            problem = f"truncated: it ends within {len(data)} bytes"
+            raise TruncatedPickle(f"{where}: malformed pickle: {problem}") from None
+        problem = f"a value is missing near {machine.pos}"
+        raise FormatError(f"{where}: malformed pickle: {problem}") from None
+    except (ArithmeticError, LookupError, TypeError, ValueError, struct.error) as e:
+        raise FormatError(f"{where}: malformed pickle near {machine.pos}: {e}") from None
+    except (MemoryError, RecursionError) as e:
         raise FormatError(f"{where}: malformed pickle near {machine.pos}: {e}") from None
     finally:
         if pause:
@@ -63,7 +69,10 @@ def load_prefix(
 
 
 def _run(machine: Machine) -> None:
-    """Execute up to STOP. The frequent opcodes are inline; literals because names cost time."""
+    """Execute up to STOP. The frequent opcodes are inline; literals because names cost time.
+
+    Running out of stack, memo or data raises IndexError, which the caller explains.
+    """
     data, stack, memo = machine.data, machine.stack, machine.memo
     push, pop, remember = stack.append, stack.pop, memo.append
     handlers = HANDLERS
