@@ -16,6 +16,7 @@ import numpy as np
 
 from ..errors import ConfigError, FormatError
 from ..shardio.agreement import check_master_agreement
+from ..shardio.assets import find_assets
 from ..shardio.checkpoint import Checkpoint, Tensors
 from ..shardio.compare import check_replicas
 from ..shardio.coverage import prove
@@ -68,6 +69,8 @@ def prepare(
     kept = ckpt.optimizer if with_optimizer else {}
     size = vocab_size if vocab_size is not None else vocab_size_of(ckpt, tokenizer)
     out = to_hf(replace(ckpt, weights=chosen, optimizer=kept), vocab_size=size)
+    if tokenizer is not None and tokenizer.is_dir():
+        out = replace(out, assets=find_assets([tokenizer, *(p.parent for p in out.assets)]))
     if dtype is None:
         return out
     return replace(out, weights={n: _cast(t, dtype) for n, t in out.weights.items()})

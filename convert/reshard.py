@@ -11,7 +11,7 @@ from typing import Any
 from .. import __version__
 from ..errors import ConfigError, did_you_mean
 from ..shardio import Checkpoint, Layout, LazyTensor, dtypes, open_checkpoint
-from ..shardio.assets import find_assets, load_config
+from ..shardio.assets import find_assets, load_config, load_json
 from ..shardio.hf_writer import DEFAULT_SHARD, plan_copies, plan_json, plan_tensors
 from ..shardio.staging import fingerprint, write_folder
 from ..shardio.stream import Limits, OutFile, Progress
@@ -87,29 +87,67 @@ def reshard(
     Raises:
         MconvError: any bad input, impossible request or full disk; nothing is left behind.
     """
-    ckpt = src if isinstance(src, Checkpoint) else open_checkpoint(src, config=config)
-    layout = layout or Layout("hf")
-    if layout.format not in _TARGETS:
-        raise ConfigError(
-            f"cannot write format {layout.format!r}{did_you_mean(layout.format, _TARGETS)}; "
-            f"targets: {', '.join(_TARGETS)}"
-        )
-    if isinstance(src, Checkpoint) and config is not None:
-        ckpt = _with_config(ckpt, Path(config))
-    tokenizer_path = Path(tokenizer) if tokenizer is not None else None
+    ckpt = opened(src, config)
+    layout = _supported(layout or Layout("hf"))
     ready = prepare(
         ckpt,
         weights=weights,
         dtype=dtypes.parse(layout.dtype) if layout.dtype else None,
         vocab_size=vocab_size,
-        tokenizer=tokenizer_path,
+        tokenizer=Path(tokenizer) if tokenizer is not None else None,
         with_optimizer=with_optimizer,
         verify=verify,
     )
-    if tokenizer_path is not None and tokenizer_path.is_dir():
-        ready = replace(
-            ready, assets=find_assets([tokenizer_path, *{p.parent for p in ready.assets}])
+    files, report = _plan(ckpt, ready, Path(dst), layout, weights, with_optimizer)
+    if not dry_run:
+        sources = {p for t in ckpt.weights.values() for p, _, _ in t.spans()}
+        plan = fingerprint(files, sources, json.dumps([weights, layout.dtype]))
+        write_folder(
+            report.target,
+            files,
+            plan=plan,
+            force=force,
+            resume=resume,
+            limits=limits,
+            progress=progress,
         )
+    return report
+
+
+def _supported(layout: Layout) -> Layout:
+    if layout.format not in _TARGETS:
+        raise ConfigError(
+            f"cannot write format {layout.format!r}{did_you_mean(layout.format, _TARGETS)}; "
+            f"targets: {', '.join(_TARGETS)}"
+        )
+    return layout
+
+
+def opened(src: Checkpoint | str | Path, config: str | Path | None) -> Checkpoint:
+    """Open a path, or give an opened checkpoint another config.
+
+    Raises:
+        MconvError: the path cannot be opened, or the config cannot be read.
+    """
+    if not isinstance(src, Checkpoint):
+        return open_checkpoint(src, config=config)
+    if config is None:
+        return src
+    path = Path(config)
+    assets = find_assets([path]) if path.is_dir() else (path,)
+    found = load_json(path) if path.is_file() else load_config(assets)
+    return replace(src, config=found or src.config, assets=(*assets, *src.assets))
+
+
+def _plan(
+    ckpt: Checkpoint,
+    ready: Checkpoint,
+    target: Path,
+    layout: Layout,
+    weights: str,
+    with_optimizer: bool,
+) -> tuple[list[OutFile], ReshardReport]:
+    """Plan every file of the folder and say what it will hold."""
     warnings = list(ready.warnings)
     tensors = _with_aliases(ready, warnings)
     limit = layout.max_shard_size or DEFAULT_SHARD
@@ -125,14 +163,7 @@ def reshard(
         warnings.append("no config.json found: give one with --config to get a loadable model")
     files += plan_copies([p for p in ready.assets if p.name != "config.json"], files)
     files.append(plan_json("mconv.json", _provenance(ckpt, layout, weights)))
-    target = Path(dst)
-    if not dry_run:
-        sources = {p for t in ckpt.weights.values() for p, _, _ in t.spans()}
-        plan = fingerprint(files, sources, json.dumps([weights, layout.dtype]))
-        write_folder(
-            target, files, plan=plan, force=force, resume=resume, limits=limits, progress=progress
-        )
-    return _report(target, files, tensors, warnings)
+    return files, _report(target, files, tensors, warnings)
 
 
 def _report(
@@ -145,12 +176,6 @@ def _report(
         sum(t.size for t in tensors.values()),
         tuple(warnings),
     )
-
-
-def _with_config(ckpt: Checkpoint, path: Path) -> Checkpoint:
-    assets = find_assets([path]) if path.is_dir() else (path,)
-    found = load_config(assets if path.is_dir() else [path.with_name("config.json")])
-    return replace(ckpt, config=found or ckpt.config, assets=assets or ckpt.assets)
 
 
 def _with_aliases(ckpt: Checkpoint, warnings: list[str]) -> dict[str, LazyTensor]:
