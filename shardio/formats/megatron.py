@@ -1,0 +1,210 @@
+"""Megatron-LM's legacy ``torch`` checkpoints: one ``model_optim_rng.pt`` per model-parallel rank.
+
+Source: ``megatron/training/checkpointing.py`` (core 0.9 to 0.19) and the older ``megatron/
+checkpointing.py``. Covers TP, PP (even, uneven, custom), virtual pipeline chunks, EP and ETP in any
+combination, mcore and pre-mcore names, and the three optimizer layouts. Tensor names come out in
+one spelling (see ``shardio/megatron/names.py``), QKV still interleaved by group and the vocabulary
+still padded: undoing that is the business of the naming layer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ...errors import FormatError, UnsupportedError
+from ..assets import around, find_assets, load_config
+from ..checkpoint import Checkpoint
+from ..layout import Layout
+from ..megatron.merge import (
+    EMBEDDING,
+    HEAD,
+    RankPart,
+    World,
+    assemble,
+    collect,
+    layer_offsets,
+)
+from ..megatron.names import canonical, expert_of, tensors_of
+from ..megatron.optimizer import read_optimizer
+from ..megatron.ranks import (
+    MODEL_FILES,
+    TRACKER,
+    RankFile,
+    is_rank_folder,
+    open_ranks,
+    rank_folders,
+)
+from ..megatron.settings import Sizes, number
+from ..records import StoredTensor
+from ..registry import Format, OpenOptions
+from ..source import FileSource
+from ..stored import lazy
+
+_ITERATION = re.compile(r"^iter_(\d+)$")
+
+
+def detect(path: Path) -> Path | None:
+    """Recognise a rank file, a rank folder, an iteration folder, or the run's folder."""
+    try:
+        if path.is_file():
+            if path.name not in (*MODEL_FILES, "distrib_optim.pt"):
+                return None
+            return path.parent.parent if is_rank_folder(path.parent) else path.parent
+        if is_rank_folder(path) and rank_folders(path.parent):
+            return path.parent
+        if rank_folders(path):
+            return path
+        latest = tracked(path)
+        if latest is not None and latest.is_dir() and rank_folders(latest):
+            return latest
+        return path if (path / MODEL_FILES[0]).is_file() else None
+    except OSError:
+        return None
+
+
+def tracked(folder: Path) -> Path | None:
+    """Return the folder that the tracker file names: ``iter_0000010`` or ``release``."""
+    tracker = folder / TRACKER
+    if not tracker.is_file() or tracker.stat().st_size > 64:
+        return None
+    text = tracker.read_text(encoding="utf-8", errors="replace").strip()
+    if text == "release":
+        return folder / "release"
+    return folder / f"iter_{int(text):07d}" if text.isdigit() else None
+
+
+def open_legacy(root: Path, options: OpenOptions) -> Checkpoint:
+    """Open a folder of ``mp_rank_*``. Reads the pickles of all ranks, no tensor bytes.
+
+    Raises:
+        FormatError: missing, mixed, swapped or damaged rank files.
+        LayoutError: parts that do not fit together.
+        UnsupportedError: FP8 tensor objects, tensors whose cut is unknown.
+    """
+    files, sizes = open_ranks(root)
+    parts = [part for f in files for part in _parts(f)]
+    _check_chunks(files, sizes)
+    args = files[0].args
+    version = files[0].root.get("checkpoint_version", 0)
+    world = World(
+        sizes=sizes,
+        args=args,
+        version=float(version) if isinstance(version, int | float) else 0.0,
+        offsets=layer_offsets(parts, sizes),
+        local_experts=_local_experts(parts, sizes, args),
+        tied=args.get("untie_embeddings_and_output_weights", not _legacy_tied(parts)) is False,
+    )
+    held = collect(parts, world)
+    whole = assemble(held, world)
+    states = read_optimizer(files, parts, world)
+    assets = find_assets([options.config] if options.config else around(root))
+    step = files[0].root.get("iteration")
+    return Checkpoint(
+        path=root,
+        format="megatron",
+        version=_version(files[0]),
+        naming="megatron",
+        weights=whole.tensors,
+        optimizer=states.tensors,
+        step=step if isinstance(step, int) else None,
+        config=load_config(assets),
+        args=args,
+        scalars=states.scalars,
+        layout=Layout(
+            format="megatron",
+            tp=sizes.tp,
+            pp=sizes.pp,
+            vpp=len(files[0].chunks),
+            ep=sizes.ep,
+            etp=sizes.etp if sizes.etp != sizes.tp else None,
+            cp=number(args, "context_parallel_size") or 1,
+            dp=number(args, "data_parallel_size") or 1,
+        ),
+        placements=whole.placements,
+        replicas=whole.replicas,
+        tied={HEAD: EMBEDDING} if world.tied and EMBEDDING in whole.tensors else {},
+        assets=assets,
+        warnings=(*_tracker_warnings(root), *states.warnings),
+    )
+
+
+def _parts(file: RankFile) -> list[RankPart]:
+    source = FileSource.of(file.path)
+    parts = []
+    for chunk, model in enumerate(file.chunks):
+        tensors = {}
+        for name, value in tensors_of(model):
+            if not isinstance(value, StoredTensor):
+                raise UnsupportedError(
+                    f"{file.path}: {name} is {value!r}, not a plain tensor (an FP8 or quantized "
+                    "parameter); save the model in bf16"
+                )
+            tensors[name] = lazy(value, source)
+        where = str(file.path) + (f" (model{chunk})" if chunk or "model0" in file.root else "")
+        parts.append(RankPart(file.tp, file.pp, file.ep, chunk, where, tensors))
+    return parts
+
+
+def _check_chunks(files: Sequence[RankFile], sizes: Sizes) -> None:
+    for f in files:
+        if len(f.chunks) != len(files[0].chunks):
+            raise FormatError(
+                f"{f.path}: has {len(f.chunks)} virtual pipeline chunks, {files[0].path} has "
+                f"{len(files[0].chunks)}"
+            )
+    if sizes.vpp > 1 and sizes.vpp != len(files[0].chunks):
+        raise FormatError(
+            f"{files[0].path}: has {len(files[0].chunks)} model chunks, its args say "
+            f"virtual_pipeline_model_parallel_size={sizes.vpp}"
+        )
+
+
+def _local_experts(parts: Sequence[RankPart], sizes: Sizes, args: Mapping[str, object]) -> int:
+    """Experts per expert rank: from the args, else from the routers, else counted."""
+    total = number(args, "num_experts")
+    highest = -1
+    for part in parts:
+        for name, tensor in part.tensors.items():
+            if total is None and name.endswith("router.weight"):
+                total = tensor.shape[0]
+            if "experts" in name:
+                highest = max(highest, expert_of(canonical(name)) or 0)
+    return total // sizes.ep if total else highest + 1
+
+
+def _legacy_tied(parts: Sequence[RankPart]) -> bool:
+    """Without args: the pre-mcore tree names a tied head, or has none."""
+    names = {canonical(n) for p in parts for n in p.tensors}
+    return HEAD not in names or any(
+        "word_embeddings_for_head" in n for p in parts for n in p.tensors
+    )
+
+
+def _version(file: RankFile) -> str:
+    mcore = any("decoder.layers" in str(name) for name in file.chunks[0])
+    return f"checkpoint_version {file.root.get('checkpoint_version', 0)}" + (
+        "" if mcore else " (pre-mcore names)"
+    )
+
+
+def _tracker_warnings(root: Path) -> list[str]:
+    m = _ITERATION.match(root.name)
+    latest = tracked(root.parent) if m else None
+    newest = _ITERATION.match(latest.name) if latest is not None else None
+    if m and newest and int(m[1]) > int(newest[1]):
+        return [
+            f"{root.name} is newer than the last finished save ({root.parent / TRACKER} says "
+            f"{int(newest[1])}): this save may be incomplete"
+        ]
+    return []
+
+
+FORMAT = Format(
+    name="megatron",
+    title="Megatron-LM (torch, mp_rank_*)",
+    detect=detect,
+    open=open_legacy,
+    rank=30,
+)
