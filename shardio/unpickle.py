@@ -55,7 +55,7 @@ def load_prefix(
         return root, machine.pos
     except IndexError:
         if machine.pos + _LONGEST_FIXED > len(data):
-            problem = f"truncated: it ends within {len(data)} bytes"
+            problem = f"truncated or lacking a value at its end ({len(data)} bytes)"
             raise TruncatedPickle(f"{where}: malformed pickle: {problem}") from None
         problem = f"a value is missing near {machine.pos}"
         raise FormatError(f"{where}: malformed pickle: {problem}") from None
