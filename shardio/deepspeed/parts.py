@@ -1,0 +1,197 @@
+"""One model-parallel rank: its weights and optimizer states, put together over data parallel.
+
+Weights are the 16-bit ``module`` up to stage 2. Under stage 3 they are the fp32 masters, the frozen
+fragments and the buffers. ``shared_params`` (or storage that two names share) tells tied weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ...errors import FormatError
+from ..stored import identity, lazy
+from ..tensor import LazyTensor
+from . import zero3, zero12
+from .fields import Shape
+from .states import ModelState, OptimState
+from .zero12 import States
+
+
+@dataclass(slots=True)
+class Part:
+    """What one model-parallel rank holds.
+
+    Attributes:
+        weights: by name.
+        optimizer: by state and name.
+        tied: alias to owner.
+        copies: further copies that must equal a weight.
+        cut: names that are cut over data parallel ranks (stage 3).
+        warnings: in plain words.
+    """
+
+    weights: dict[str, LazyTensor] = field(default_factory=dict)
+    optimizer: States = field(default_factory=dict)
+    tied: dict[str, str] = field(default_factory=dict)
+    copies: dict[str, list[LazyTensor]] = field(default_factory=dict)
+    cut: set[str] = field(default_factory=set)
+    warnings: list[str] = field(default_factory=list)
+
+
+def add_states(to: States, more: Mapping[str, Mapping[str, LazyTensor]]) -> None:
+    """Merge states by name."""
+    for state, tensors in more.items():
+        to.setdefault(state, {}).update(tensors)
+
+
+def group_shapes(model: ModelState, optims: Sequence[OptimState]) -> list[dict[str, Shape]]:
+    """Return the parameters of each group (stage 3: sub-group) in flat order.
+
+    Raises:
+        FormatError: the model file does not list them, or as many groups as the optimizer has.
+    """
+    groups = model.groups
+    if groups is None:
+        groups = _shapes_from_slices(model, optims)
+    filled = [g for g in groups if g]
+    want = len(optims[0].masters)
+    chosen = list(groups) if len(groups) == want else filled
+    if len(chosen) != want:
+        raise FormatError(
+            f"{model.path}: param_shapes has {len(groups)} groups, the optimizer in "
+            f"{optims[0].path.name} has {want}: the files are of different models or saves"
+        )
+    return chosen
+
+
+def _shapes_from_slices(
+    model: ModelState, optims: Sequence[OptimState]
+) -> tuple[dict[str, Shape], ...]:
+    """Old files without ``param_shapes``: the order of the mapping, the shapes of the weights."""
+    tables: list[dict[str, Shape]] = [{} for _ in optims[0].masters]
+    for rank in optims:
+        for k, group in enumerate(rank.slices or ()):
+            for name in group:
+                stored = (model.module or {}).get(name)
+                if stored is None or k >= len(tables):
+                    raise FormatError(
+                        f"{model.path}: has no param_shapes, and no weight {name!r} to learn the "
+                        "shape from: the optimizer cannot be taken apart"
+                    )
+                tables[k][name] = stored.shape
+    if not any(tables):
+        raise FormatError(f"{model.path}: has no param_shapes: the optimizer cannot be taken apart")
+    return tuple(tables)
+
+
+def low_stage(model: ModelState, optims: Sequence[OptimState]) -> Part:
+    """Return the part of a stage 0 to 2 rank whose weights are in ``module``."""
+    part = Part()
+    read_module(part, model, model.module or {})
+    if optims:
+        shapes = group_shapes(model, optims)
+        check_weights(model, part, shapes)
+        for k, table in enumerate(shapes):
+            if table:
+                group = zero12.make_group(k, table, optims)
+                add_states(part.optimizer, zero12.read_group(group, registration_order(model)))
+    _frozen_copies(part, model, optims)
+    return part
+
+
+def registration_order(model: ModelState) -> zero12.Reorder | None:
+    """With round-robin gradients, the order in which the model registers its parameters."""
+    zero = model.config.get("zero_optimization")
+    if not (isinstance(zero, dict) and zero.get("round_robin_gradients")):
+        return None
+    place = {name: k for k, name in enumerate(model.module or {})}
+    return lambda shapes: sorted(shapes, key=lambda n: place.get(n, len(place)))
+
+
+def read_module(part: Part, model: ModelState, names: Iterable[str]) -> None:
+    """Add the weights and buffers of ``module``; aliases go to ``tied``."""
+    owners: dict[tuple[object, ...], str] = {}
+    for name in names:
+        stored = (model.module or {})[name]
+        owner = model.shared.get(name)
+        if owner is None and stored.numel:
+            owner = owners.setdefault(identity(stored), name)
+        if owner is not None and owner != name and owner in (model.module or {}):
+            part.tied[name] = owner
+        else:
+            part.weights[name] = lazy(stored, model.source)
+
+
+def check_weights(model: ModelState, part: Part, shapes: Sequence[Mapping[str, Shape]]) -> None:
+    """Check that every trained parameter is among the weights with the same shape.
+
+    Raises:
+        FormatError: it is not.
+    """
+    for table in shapes:
+        for name, shape in table.items():
+            name = part.tied.get(name, name)
+            weight = part.weights.get(name)
+            if weight is None or weight.shape != shape:
+                found = "absent" if weight is None else f"of shape {weight.shape}"
+                raise FormatError(
+                    f"{model.path}: param_shapes has {name!r} of shape {shape}, among the weights "
+                    f"it is {found}: the file is damaged or not whole"
+                )
+
+
+def _frozen_copies(part: Part, model: ModelState, optims: Sequence[OptimState]) -> None:
+    """Stage 2 saves frozen parameters twice; a save without them says nothing about it."""
+    for name, stored in (model.frozen or {}).items():
+        weight = part.weights.get(name)
+        if weight is None:
+            part.weights[name] = lazy(stored, model.source)
+        elif stored.shape == weight.shape:
+            part.copies.setdefault(name, []).append(lazy(stored, model.source))
+    if optims and optims[0].stage == 2:
+        _note_excluded(part, model)
+
+
+def _note_excluded(part: Part, model: ModelState) -> None:
+    keys = model.fields.data.keys()
+    if model.frozen is None and "frozen_param_fragments" in keys:
+        part.warnings.append(
+            "saved with exclude_frozen_parameters: frozen weights, if the model has any, are not "
+            "in this checkpoint; they are those of the base model"
+        )
+
+
+def stage3(models: Sequence[ModelState], optims: Sequence[OptimState]) -> Part:
+    """Return the part of a stage 3 rank."""
+    first, part = models[0], Part()
+    zero3.check_ranks(optims)
+    for m in models[1:]:
+        if m.groups != first.groups or m.frozen_shapes != first.frozen_shapes:
+            raise FormatError(
+                f"{m.path}: its parameters differ from those of {first.path.name}: files of "
+                "different models or saves are mixed"
+            )
+    for k, table in enumerate(group_shapes(first, optims)):
+        if table:
+            add_states(part.optimizer, zero3.read_subgroup(k, table, optims))
+    masters = part.optimizer.get("master", {})
+    frozen = zero3.read_frozen(models)
+    part.cut = {*masters, *frozen}
+    sharded = {**masters, **frozen}
+    for name, stored in (first.module or {}).items():
+        owner = first.shared.get(name, name)
+        if name in sharded:
+            part.weights[name] = sharded[name]
+        elif owner in sharded:
+            part.tied[name] = owner
+        elif name in first.buffers:
+            part.weights[name] = lazy(stored, first.source)
+        else:
+            part.warnings.append(
+                f"{name}: the save has a placeholder of it and no data (a tied weight whose owner "
+                "an old DeepSpeed did not note down, or an unused parameter)"
+            )
+    part.weights.update({n: t for n, t in sharded.items() if n not in part.weights})
+    _note_excluded(part, first)
+    return part

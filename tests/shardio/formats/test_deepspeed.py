@@ -1,0 +1,242 @@
+"""Every DeepSpeed fixture against the ground truth of the live engine, bit for bit, and every way
+of breaking a checkpoint that must be refused.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mconv.errors import FormatError, MconvError
+from mconv.shardio.agreement import check_master_agreement
+from mconv.shardio.checkpoint import Checkpoint
+from mconv.shardio.coverage import prove
+from mconv.shardio.registry import open_checkpoint
+from safetensors.numpy import load_file
+
+STATES = {"fp32": "master", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
+PLAIN = [
+    "z1_dp2_bf16",
+    "z1_dp2_bf16_frozen",
+    "z1_dp2_bf16opt",
+    "z1_dp3_fp32_odd",
+    "z1_dp4_tiny_group@0.14.4",
+    "z2_dp2_bf16_legacyzip",
+    "z2_dp2_fp16",
+    "z2_dp3_bf16_align",
+    "z2_dp3_bf16_rr_groups",
+    "z2_dp4_bf16_tied",
+    "z3_dp2_bf16",
+    "z3_dp2_bf16_lora",
+    "z3_dp3_bf16_odd_subgroups",
+    "z3_dp4_mics2@0.16.9",
+]
+CUT: list[str] = []
+
+
+def wide(array: np.ndarray) -> np.ndarray:
+    """Floats as float32; integers and bools as they are."""
+    return array if array.dtype.kind in "iub" else array.astype(np.float32)
+
+
+def truth_of(case: Path) -> dict[str, np.ndarray]:
+    return load_file(case / "truth.safetensors")
+
+
+@pytest.fixture
+def base(fixtures_dir: Path) -> Path:
+    return fixtures_dir / "deepspeed"
+
+
+@pytest.fixture
+def copy(base: Path, tmp_path: Path) -> Callable[[str], Path]:
+    """Copies the tag folder of a case so that it may be broken."""
+
+    def make(case: str, name: str = "global_step3") -> Path:
+        target = tmp_path / case / name
+        shutil.copytree(base / case / "ckpt" / "global_step3", target)
+        return target
+
+    return make
+
+
+def check_optimizer(ckpt: Checkpoint, truth: dict[str, np.ndarray]) -> None:
+    seen = {state: set() for state in STATES.values()}
+    for key, want in truth.items():
+        kind, name = key.split("/", 1)
+        if kind in STATES:
+            got = ckpt.optimizer[STATES[kind]][name]
+            assert got.shape == want.shape, key
+            assert np.array_equal(got.read(), want), key
+            seen[STATES[kind]].add(name)
+    for state, names in seen.items():
+        assert set(ckpt.optimizer[state]) == names
+
+
+@pytest.mark.parametrize("case", [*PLAIN, *CUT])
+def test_equals_truth(base: Path, case: str) -> None:
+    ckpt = open_checkpoint(base / case / "ckpt")
+    truth = truth_of(base / case)
+    assert ckpt.format == "deepspeed"
+    assert ckpt.step == 3
+    check_optimizer(ckpt, truth)
+    expected = {k.split("/", 1)[1]: v for k, v in truth.items() if not k.startswith("exp_avg")}
+    assert set(ckpt.weights) == set(expected)
+    for name, want in expected.items():
+        got = ckpt.weights[name]
+        rounded = got.cast(np.dtype(np.float32)).read() if got.dtype.kind not in "iub" else None
+        exact = got.read() if rounded is None else rounded
+        if got.dtype == want.dtype or f"fp32/{name}" not in truth:
+            assert np.array_equal(exact, wide(want)), name
+        elif name not in ckpt.args.get("averaged", ()):
+            assert np.array_equal(exact, wide(want.astype(got.dtype))), name
+    assert ckpt.tied == json.loads((base / case / "truth.json").read_text()).get("shared", {})
+    for tensors in (ckpt.weights, *ckpt.optimizer.values()):
+        prove(tensors)
+
+
+@pytest.mark.parametrize("case", [*PLAIN, *CUT])
+@pytest.mark.parametrize("sample", [None, 2])
+def test_masters_agree(base: Path, case: str, sample: int | None) -> None:
+    assert check_master_agreement(open_checkpoint(base / case / "ckpt"), sample=sample) == []
+
+
+def test_no_framework_is_imported(base: Path) -> None:
+    code = (
+        "import sys\nfrom mconv.shardio.registry import open_checkpoint\n"
+        f"open_checkpoint({str(base / 'z3_dp2_bf16' / 'ckpt')!r})\n"
+        "print([m for m in ('torch', 'deepspeed', 'megatron', 'transformers') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("where", ["", "global_step3", "rank"])
+def test_found_from_neighbours(base: Path, where: str) -> None:
+    root = base / "z2_dp2_fp16" / "ckpt"
+    path = next((root / "global_step3").glob("*optim*")) if where == "rank" else root / where
+    assert open_checkpoint(path).path == root / "global_step3"
+
+
+# -- broken checkpoints ---------------------------------------------------------------------------
+
+
+def swap(a: Path, b: Path) -> None:
+    third = a.with_name("third")
+    a.rename(third)
+    b.rename(a)
+    third.rename(b)
+
+
+def refuse(folder: Path, *words: str) -> None:
+    with pytest.raises(MconvError) as caught:
+        open_checkpoint(folder)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("case", [*PLAIN, *CUT])
+def test_missing_rank_is_named(copy: Callable[[str], Path], case: str) -> None:
+    folder = copy(case)
+    for victim in sorted(folder.glob("*zero_pp_rank_*")):
+        data = victim.read_bytes()
+        victim.unlink()
+        refuse(folder, victim.name, "missing")
+        victim.write_bytes(data)
+
+
+@pytest.mark.parametrize("case", [*PLAIN, *CUT])
+def test_cut_byte(copy: Callable[[str], Path], case: str) -> None:
+    folder = copy(case)
+    for victim in sorted(folder.iterdir())[:6]:
+        data = victim.read_bytes()
+        victim.write_bytes(data[:-1])
+        refuse(folder, victim.name)
+        victim.write_bytes(data)
+
+
+@pytest.mark.parametrize("case", [*PLAIN, *CUT])
+def test_swapped_rank_files(copy: Callable[[str], Path], case: str) -> None:
+    folder = copy(case)
+    files = sorted(folder.glob("*zero_pp_rank_*optim*"))
+    swap(files[0], files[1])
+    refuse(folder, "swapped")
+
+
+def test_every_rank_is_named(copy: Callable[[str], Path]) -> None:
+    folder = copy("z1_dp4_tiny_group@0.14.4")
+    gone = [p for p in folder.glob("*optim*") if "rank_0_" not in p.name]
+    for p in gone:
+        p.unlink()
+    refuse(folder, "3 rank files", *(p.name for p in gone))
+
+
+def test_unfinished_save(copy: Callable[[str], Path]) -> None:
+    folder = copy("z2_dp2_fp16")
+    victim = next(folder.glob("*rank_1*optim*"))
+    victim.rename(victim.with_suffix(".pt.tmp"))
+    refuse(folder, "missing", "unfinished", victim.name + ".tmp")
+
+
+def test_stage3_without_optimizer(copy: Callable[[str], Path]) -> None:
+    folder = copy("z3_dp2_bf16")
+    for p in folder.glob("*optim*"):
+        p.unlink()
+    refuse(folder, "weights lie in the optimizer files")
+
+
+def test_stage1_without_optimizer_gives_weights(copy: Callable[[str], Path]) -> None:
+    folder = copy("z1_dp2_bf16")
+    for p in folder.glob("*optim*"):
+        p.unlink()
+    ckpt = open_checkpoint(folder)
+    assert len(ckpt.weights) == 30
+    assert not ckpt.optimizer
+    assert any("weights only" in w for w in ckpt.warnings)
+
+
+def test_stale_files_of_a_larger_world_are_ignored(copy: Callable[[str], Path]) -> None:
+    folder = copy("z1_dp2_bf16")
+    other = copy("z1_dp3_fp32_odd")
+    shutil.copy(
+        next(other.glob("*rank_2*optim*")),
+        folder / "bf16_zero_pp_rank_2_mp_rank_00_optim_states.pt",
+    )
+    ckpt = open_checkpoint(folder)
+    assert any("stale" in w for w in ckpt.warnings)
+    assert ckpt.layout.dp == 2
+
+
+def test_mixed_world_sizes(copy: Callable[[str], Path]) -> None:
+    folder = copy("z1_dp2_bf16opt")
+    name = "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    shutil.copy(copy("z2_dp4_bf16_tied") / name, folder / name)
+    refuse(folder, name)
+
+
+def test_two_saves_of_one_rank(copy: Callable[[str], Path]) -> None:
+    folder = copy("z1_dp2_bf16")
+    first = next(folder.glob("*rank_0*optim*"))
+    shutil.copy(first, folder / first.name.removeprefix("bf16_"))
+    refuse(folder, "both the same rank")
+
+
+def test_foreign_rank_of_the_same_world(copy: Callable[[str], Path]) -> None:
+    folder = copy("z2_dp2_bf16_legacyzip")
+    name = "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    shutil.copy(copy("z1_dp2_bf16opt") / name, folder / name)
+    with pytest.raises(FormatError, match=r"mixed|another model"):
+        open_checkpoint(folder)
+
+
+def test_empty_file(copy: Callable[[str], Path]) -> None:
+    folder = copy("z3_dp2_bf16")
+    victim = next(folder.glob("*rank_1*model*"))
+    victim.write_bytes(b"")
+    refuse(folder, victim.name, "empty")
