@@ -12,6 +12,7 @@ import os
 from functools import cache
 from importlib import import_module
 from math import prod
+from threading import Lock
 from types import ModuleType
 
 import numpy as np
@@ -19,8 +20,10 @@ import numpy.typing as npt
 
 from ..errors import QuantError
 from .floats import BFLOAT16, FLOAT16, FLOAT32, bf16_bits, f16_bits, to_float32
+from .grids import GRID_TYPES, packed_grid
 from .types import GgmlType, type_by_name
 
+_GRID_LOCK = Lock()
 _CHUNK = 1 << 19
 _INPUTS = {FLOAT32: 0, FLOAT16: 1, BFLOAT16: 2}
 
@@ -120,6 +123,7 @@ def dequantize(
     if not flat.size:
         values = np.empty(0, np.float32)
     elif native is not None and native.can_dequantize(kind.id):
+        _install_grid(native, kind)
         values = np.empty(prod(shape), np.float32)
         native.dequantize(kind.id, flat, values, threads or os.cpu_count() or 1)
     else:
@@ -127,6 +131,13 @@ def dequantize(
 
         values = decode(flat, kind)
     return _narrow(values, target).reshape(shape)
+
+
+def _install_grid(native: ModuleType, kind: GgmlType) -> None:
+    if kind.name in GRID_TYPES:
+        with _GRID_LOCK:
+            if not native.has_grid(kind.id):
+                native.set_grid(kind.id, packed_grid(kind.name))
 
 
 def _narrow(values: npt.NDArray[np.float32], target: np.dtype) -> npt.NDArray:
@@ -176,6 +187,7 @@ def _quantize_native(
     out: npt.NDArray[np.uint8],
     threads: int | None,
 ) -> None:
+    _install_grid(native, kind)
     raw = x.view(np.uint16) if x.dtype != FLOAT32 else x.view(np.uint32)
     status = native.quantize(
         kind.id, raw.view(np.uint8), _INPUTS[x.dtype], x.shape[1], weights, out,

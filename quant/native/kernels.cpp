@@ -3,6 +3,8 @@
 #include "kernels.hpp"
 
 #include "casts.hpp"
+#include "iq1.hpp"
+#include "iq23.hpp"
 #include "iq4.hpp"
 #include "kquants.hpp"
 #include "legacy.hpp"
@@ -39,8 +41,15 @@ static const Format kFormats[] = {
     {12, 256, 144, encode_q45_k<4>, nullptr, false},
     {13, 256, 176, encode_q45_k<5>, nullptr, false},
     {14, 256, 210, encode_q6_k, nullptr, false},
+    {16, 256, 66, encode_grid<Iq2Xxs>, nullptr, false},
+    {17, 256, 74, encode_grid<Iq2Xs>, nullptr, false},
+    {18, 256, 98, encode_grid<Iq3Xxs>, nullptr, false},
+    {19, 256, 50, encode_iq1_s, nullptr, false},
     {20, 32, 18, encode_iq4_nl, nullptr, false},
+    {21, 256, 110, encode_grid<Iq3S>, nullptr, false},
+    {22, 256, 82, encode_grid<Iq2S>, nullptr, false},
     {23, 256, 136, encode_iq4_xs, nullptr, false},
+    {29, 256, 56, encode_iq1_m, nullptr, false},
     {34, 256, 54, encode_tq1_0, nullptr, false},
     {35, 256, 66, encode_tq2_0, nullptr, false},
     {39, 32, 17, encode_mxfp4, nullptr, false},

@@ -195,38 +195,49 @@ inline void encode_q2_k(Job& job) {
 
 // ---- Q3_K ------------------------------------------------------------------------------------
 
-// Coordinate descent from the plain start (no importance); levels are signed, -4..3.
-template <int N, int NMAX>
-VF descend_symmetric(const VF* x, VI* level, VI* zero) {
-    AbsMax m = abs_max<N>(x);
-    *zero = m.amax < kGroupMaxEps;
-    VF inverse = -float(NMAX) / select(*zero, splat(1.f), m.value), lx = {}, l2 = {};
-    for (int e = 0; e < N; ++e) {
-        level[e] = clamp(nearest(inverse * x[e]), -NMAX, NMAX - 1);
-        VF w = x[e] * x[e], f = to_float(level[e]);
-        lx += w * x[e] * f;
-        l2 += w * f * f;
+// Coordinate descent from the plain start (no importance) on P sub-blocks of N at once; their
+// chains are independent, which hides the latency of the division. Stored levels are 0..2*NMAX-1.
+template <int N, int NMAX, int P>
+void descend_symmetric(const VF* x, VI* level, VF* scale) {
+    VI zero[P];
+    VF lx[P], l2[P];
+    for (int p = 0; p < P; ++p) {
+        AbsMax m = abs_max<N>(x + p * N);
+        zero[p] = m.amax < kGroupMaxEps;
+        VF inverse = -float(NMAX) / select(zero[p], splat(1.f), m.value);
+        lx[p] = l2[p] = VF{};
+        for (int e = p * N; e < p * N + N; ++e) {
+            level[e] = clamp(nearest(inverse * x[e]), -NMAX, NMAX - 1);
+            VF w = x[e] * x[e], f = to_float(level[e]);
+            lx[p] += w * x[e] * f;
+            l2[p] += w * f * f;
+        }
     }
     for (int sweep = 0; sweep < 5; ++sweep) {
         VI changed = {};
-        for (int e = 0; e < N; ++e) {
-            VF w = x[e] * x[e], wx = w * x[e], f = to_float(level[e]);
-            VF slx = lx - wx * f, sl2 = l2 - w * f * f;
-            VI l = clamp(nearest(x[e] * sl2 / slx), -NMAX, NMAX - 1);
-            VI maybe = (slx > 0.f) & (l != level[e]) & ~*zero;
-            VF g = to_float(l);
-            slx += wx * g;
-            sl2 += w * g * g;
-            maybe &= (sl2 > 0.f) & (slx * slx * l2 > lx * lx * sl2);
-            level[e] = select(maybe, l, level[e]);
-            lx = select(maybe, slx, lx);
-            l2 = select(maybe, sl2, l2);
-            changed |= maybe;
+        for (int i = 0; i < N; ++i) {
+            for (int p = 0; p < P; ++p) {
+                const int e = p * N + i;
+                VF w = x[e] * x[e], wx = w * x[e], f = to_float(level[e]);
+                VF slx = lx[p] - wx * f, sl2 = l2[p] - w * f * f;
+                VI l = clamp(nearest(x[e] * sl2 / slx), -NMAX, NMAX - 1);
+                VI maybe = (slx > 0.f) & (l != level[e]) & ~zero[p];
+                VF g = to_float(l);
+                slx += wx * g;
+                sl2 += w * g * g;
+                maybe &= (sl2 > 0.f) & (slx * slx * l2[p] > lx[p] * lx[p] * sl2);
+                level[e] = select(maybe, l, level[e]);
+                lx[p] = select(maybe, slx, lx[p]);
+                l2[p] = select(maybe, sl2, l2[p]);
+                changed |= maybe;
+            }
         }
         if (!any(changed)) break;
     }
-    for (int e = 0; e < N; ++e) level[e] = select(*zero, VI{}, level[e] + NMAX);
-    return select(*zero | ~(l2 > 0.f), VF{}, lx / l2);
+    for (int p = 0; p < P; ++p) {
+        for (int e = p * N; e < p * N + N; ++e) level[e] = select(zero[p], VI{}, level[e] + NMAX);
+        scale[p] = select(zero[p] | ~(l2[p] > 0.f), VF{}, lx[p] / l2[p]);
+    }
 }
 
 // Six-bit scales (biased by 32) of 16 sub-blocks in 12 bytes.
@@ -249,20 +260,17 @@ inline void encode_q3_k(Job& job) {
             gather<256>(lanes.weights, importance);
             mean = 2.f * sum_squares<256>(x) / 256.f;
         }
-        for (int j = 0; j < 16; ++j) {
+        for (int j = 0; j < 16; j += 4)
+            if (!job.weights) descend_symmetric<16, 4, 4>(x + 16 * j, q + 16 * j, scale + j);
+        for (int j = 0; job.weights && j < 16; ++j) {
             const VF* xs = x + 16 * j;
-            if (job.weights) {
-                VF w[16];
-                error_weights<16>(xs, importance + 16 * j, mean, w);
-                sum_w[j] = VF{};
-                for (int e = 0; e < 16; ++e) sum_w[j] += w[e];
-                Symmetric s = search_symmetric<16, 4, true>(xs, w);
-                for (int e = 0; e < 16; ++e) q[16 * j + e] = stored_level<4>(s, xs[e]);
-                scale[j] = s.scale;
-            } else {
-                VI zero;
-                scale[j] = descend_symmetric<16, 4>(xs, q + 16 * j, &zero);
-            }
+            VF w[16];
+            error_weights<16>(xs, importance + 16 * j, mean, w);
+            sum_w[j] = VF{};
+            for (int e = 0; e < 16; ++e) sum_w[j] += w[e];
+            Symmetric s = search_symmetric<16, 4, true>(xs, w);
+            for (int e = 0; e < 16; ++e) q[16 * j + e] = stored_level<4>(s, xs[e]);
+            scale[j] = s.scale;
         }
         VF d;
         if (job.weights) {

@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "grid.hpp"
 #include "pipeline.hpp"
 
 namespace nb = nanobind;
@@ -89,6 +90,10 @@ NB_MODULE(_native, m) {
         const Format* f = find_format(best_isa(), type);
         return f ? f->decode != nullptr : is_float_type(type);
     });
+    m.def("set_grid", [](int type, nb::ndarray<const uint16_t, nb::ndim<1>, nb::c_contig> points) {
+        set_grid(type, points.data(), int(points.size()));
+    });
+    m.def("has_grid", [](int type) { return !grid_of(type).point.empty(); });
     m.def("quantize", &quantize, nb::arg("type"), nb::arg("x"), nb::arg("input"), nb::arg("cols"),
           nb::arg("weights").none(), nb::arg("out"), nb::arg("threads"),
           nb::arg("isa") = nb::none());
