@@ -18,7 +18,7 @@ import numpy as np
 from ..errors import FormatError, UnsupportedError
 
 MAX_DEPTH = 500
-_MAX_VISITS = 4_000_000
+_MAX_VISITS = 1_000_000
 _MAX_DIMS = 64
 _MAX_REPEATED = 1 << 30  # bytes of a tensor that is larger than what it views
 

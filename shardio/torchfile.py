@@ -169,11 +169,10 @@ def read_stored(tensor: StoredTensor) -> np.ndarray:
         raise FormatError(f"{path}: truncated while {span} bytes of a tensor were read")
     if not span:
         return np.empty(tensor.shape, tensor.dtype)
-    flat = np.frombuffer(raw, tensor.dtype)
-    if tensor.storage.big_endian:
-        flat = flat.byteswap()
     item = tensor.dtype.itemsize
-    view = np.lib.stride_tricks.as_strided(
-        flat, tensor.shape, [s * item for s in tensor.strides], writeable=False
-    )
-    return np.array(view, order="C")
+    if tensor.storage.big_endian and item > 1:
+        part = item // 2 if tensor.dtype.kind == "c" else item  # complex: each half for itself
+        np.frombuffer(raw, f"u{part}").byteswap(inplace=True)
+    # np.lib.stride_tricks cannot handle every ml_dtypes type; the constructor can.
+    steps = [s * item for s in tensor.strides]
+    return np.array(np.ndarray(tensor.shape, tensor.dtype, raw, strides=steps), order="C")

@@ -16,7 +16,10 @@ from mconv.shardio.safetensors_header import build_header, read_header
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-CODES = ["F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL", "C64"]
+CODES = [
+    "F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0", "I64", "I32", "I16", "I8", "U64",
+    "U32", "U16", "U8", "BOOL", "C64",
+]  # fmt: skip
 
 
 def write(path: Path, tree: Any, data: bytes = b"", length: int | None = None) -> Path:
