@@ -144,8 +144,8 @@ def _guided(p: Place) -> bool:
 
 
 _ALL = " ".join(TARGETS)
-LOW = frozenset("IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ2_M".split())
-_LOW = " ".join(LOW)
+_LOW = "IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ2_M"
+LOW = frozenset(_LOW.split())
 _NOT_LOW = " ".join(name for name in TARGETS if name not in LOW)
 
 OUTPUT = (
