@@ -149,7 +149,8 @@ def unpacked(path: Path, item: Item, limit: int) -> tempfile._TemporaryFileWrapp
     try:
         with path.open("rb") as file:
             window = _Window(file, item)
-            reader = zstandard.ZstdDecompressor().stream_reader(window, read_across_frames=True)
+            inflate = zstandard.ZstdDecompressor().stream_reader
+            reader = inflate(window, read_across_frames=True)  # type: ignore[arg-type]  # reads only
             while block := reader.read(_BLOCK):
                 out.write(block)
                 if out.tell() > limit:
