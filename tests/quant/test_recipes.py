@@ -106,7 +106,7 @@ def test_every_target_resolves() -> None:
 
 
 def test_unknown_target_suggests() -> None:
-    with pytest.raises(QuantError, match=r"'Q4_K_X'.*did you mean 'Q4_K):
+    with pytest.raises(QuantError, match=r"'Q4_K_X'.*did you mean 'Q4_K"):
         parse_target("Q4_K_X")
     with pytest.raises(QuantError, match="known: F32"):
         parse_target("zzzzzz")
