@@ -1,0 +1,89 @@
+"""``config.json`` with what its Hugging Face class would assume filled in, and the rope settings.
+
+Older configurations say ``rope_theta`` and ``rope_scaling``, newer ones ``rope_parameters``; both
+end as one ``rope_parameters`` here. Composite models keep the text model's entries in
+``text_config``, which win over the outer ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ...errors import ConfigError
+from ._record import Architecture, Config
+
+LAYERS = ("n_layers", "num_hidden_layers", "n_layer", "num_layers")
+_THETA = (
+    "global_rope_theta",
+    "rope_global_theta",
+    "rope_theta_global",
+    "rope_theta",
+    "rotary_emb_base",
+)
+#: Rope types that need the context length the model was first trained with.
+_STRETCHED = frozenset({"llama3", "yarn", "longrope", "dynamic"})
+
+
+def complete_config(config: Config, architecture: Architecture) -> dict[str, Any]:
+    """Return the configuration with defaults and unified rope settings.
+
+    Raises:
+        ConfigError: an entry that everything depends on is missing or not a positive number.
+    """
+    full = dict(config)
+    if isinstance(full.get("text_config"), Mapping):
+        full |= full["text_config"]
+    kinds = architecture.defaults
+    chosen = kinds.get(str(full.get("model_type")), next(iter(kinds.values()), {}))
+    for key, default in chosen.items():
+        if full.get(key) is None:
+            full[key] = default(full) if callable(default) else default
+    for key in ("hidden_size", "num_attention_heads", "vocab_size"):
+        _positive(full, (key,))
+    _positive(full, LAYERS)
+    full["rope_parameters"] = _rope(full)
+    return full
+
+
+def find(config: Config, keys: tuple[str, ...]) -> Any:
+    """Return the value of the first of ``keys`` that is there; None when none is."""
+    return next((config[key] for key in keys if key in config), None)
+
+
+def layer_count(config: Config) -> int:
+    """Return the number of layers."""
+    return int(find(config, LAYERS))
+
+
+def rope_parameters(config: Config) -> Mapping[str, Any]:
+    """Return the rope settings of the (full-attention) layers."""
+    rope: Mapping[str, Any] = config["rope_parameters"]
+    inner: Mapping[str, Any] = rope.get("full_attention", rope)
+    return inner
+
+
+def _positive(config: Config, keys: tuple[str, ...]) -> None:
+    value = find(config, keys)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(
+            f"config.json: {keys[0] if len(keys) == 1 else ' or '.join(keys)} is {value!r}, "
+            "a positive whole number is needed"
+        )
+
+
+def _rope(config: Config) -> dict[str, Any]:
+    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"config.json: rope settings are {given!r}, an object is needed")
+    rope = dict(given)
+    if "full_attention" in rope or "sliding_attention" in rope:
+        return rope
+    theta = find(config, _THETA)
+    if theta is not None:
+        rope.setdefault("rope_theta", theta)
+    rope.setdefault("rope_type", rope.get("type", "default"))
+    context = config.get("original_max_position_embeddings", config.get("max_position_embeddings"))
+    if context is not None and rope["rope_type"] in _STRETCHED:
+        rope.setdefault("original_max_position_embeddings", context)
+    return rope

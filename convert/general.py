@@ -1,0 +1,81 @@
+"""The ``general.*`` metadata of a model: name, size, licence and whatever its model card tells.
+
+The rules for names and model cards are those of the ``gguf`` package, which llama.cpp's converter
+uses, so that both write the same keys.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from math import prod
+from pathlib import Path
+
+from ..errors import ConfigError
+from .gguf.values import KeyValue, ValueType
+
+logger = logging.getLogger(__name__)
+
+
+def general_entries(
+    architecture: str,
+    folder: Path,
+    shapes: Iterable[tuple[str, tuple[int, ...]]],
+    name: str | None = None,
+) -> list[KeyValue]:
+    """Return ``general.architecture``, ``general.type``, names, size label and the model card.
+
+    Args:
+        architecture: GGUF name of the architecture.
+        folder: the model's folder: its name, ``README.md`` and ``generation_config.json`` count.
+        shapes: (GGUF name, row-major shape) of all tensors, for the parameter count.
+        name: the model's name, instead of the one found.
+
+    Raises:
+        ConfigError: the model card cannot be parsed.
+    """
+    import gguf
+    import yaml  # type: ignore[import-untyped]  # no stubs, used for one exception
+
+    total, shared, experts, count = _parameters(shapes)
+    try:
+        metadata = gguf.Metadata.load(None, folder, name, total)
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError(
+            f"{folder / 'README.md'}: the model card's header cannot be read ({error}); correct "
+            "it, or remove it to convert without"
+        ) from error
+    if metadata.name is None:
+        metadata.name = folder.name or architecture
+    if metadata.size_label is None and total > 0:
+        metadata.size_label = gguf.size_label(total, shared, experts, count)
+    # a writer without a file only collects the entries
+    writer = gguf.GGUFWriter(path=None, arch=architecture)
+    writer.add_type(gguf.GGUFType.MODEL)
+    metadata.set_gguf_meta_model(writer)
+    return [_entry(key, value) for key, value in writer.kv_data[0].items()]
+
+
+def _parameters(shapes: Iterable[tuple[str, tuple[int, ...]]]) -> tuple[int, int, int, int]:
+    """Return parameters in all, outside experts, of one expert, and the number of experts."""
+    total = shared = per_expert = experts = stacks = 0
+    for name, shape in shapes:
+        size = prod(shape)
+        total += size
+        if "_exps." in name and len(shape) >= 3:
+            count = shape[-2 if name.endswith(".bias") else -3]
+            per_expert += size // count
+            experts += count
+            stacks += 1
+        else:
+            shared += size
+    return total, shared, per_expert, experts // stacks if stacks else 0
+
+
+def _entry(key: str, value: object) -> KeyValue:
+    kind = ValueType(int(value.type))  # type: ignore[attr-defined]  # a gguf.GGUFValue
+    content = value.value  # type: ignore[attr-defined]
+    if kind != ValueType.ARRAY:
+        return KeyValue(key, kind, content)
+    items = ValueType.STRING if isinstance(content[0], str) else ValueType.I32
+    return KeyValue(key, kind, list(content), items)
