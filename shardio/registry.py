@@ -17,6 +17,7 @@ from pathlib import Path
 
 from ..errors import ConfigError, FormatError, did_you_mean
 from .checkpoint import Checkpoint
+from .gc_pause import collection_paused
 
 _TRACKERS = ("latest", "latest_checkpointed_iteration.txt", "latest_universal")
 _NUMBERED = re.compile(r"^(?:checkpoint|global_step|iter|step|epoch)[-_]?(\d+)$")
@@ -95,7 +96,8 @@ def open_checkpoint(
         raise FormatError(f"{start}: no such file or folder")
     options = OpenOptions(config=Path(config) if config is not None else None)
     fmt, root = locate(start, format)
-    return fmt.open(root, options)
+    with collection_paused():
+        return fmt.open(root, options)
 
 
 def locate(start: Path, format: str | None = None) -> tuple[Format, Path]:

@@ -187,7 +187,7 @@ def _select(
     extra = [n for n in places if n not in index]
     if extra:
         notes.append(
-            f"{len(extra)} tensors are in the files but not in the index; they are read too, first: "
+            f"{len(extra)} tensors are in the files but not in the index; they are read too: "
             f"{extra[0]}"
         )
     chosen = {n: tables[f][n] for n, f in index.items()}
