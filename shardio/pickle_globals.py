@@ -125,10 +125,10 @@ def _defaultdict(guard: Guard, args: Args) -> object:
 
 
 def _plain(*kinds: type) -> Build:
-    """A scalar constructor applied to exact scalar types only."""
+    """The first type, applied to values of exactly these types only."""
 
     def build(guard: Guard, args: Args) -> object:
-        if len(args) > 1 or any(type(a) not in (*kinds, kinds[0]) for a in args):
+        if len(args) > 1 or any(type(a) not in kinds for a in args):
             guard.fail(f"a {kinds[0].__name__} is made of {brief(args[0])}")
         return kinds[0](*args)
 

@@ -142,6 +142,15 @@ def test_embedded_at_any_offset(tmp_path: Path, shift: int, legacy: bool) -> Non
         open_torch_file(path, shift, len(inner) + 1000)
 
 
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+@pytest.mark.parametrize("protocol", range(2, 6))
+def test_pickle_protocols(tmp_path: Path, protocol: int, legacy: bool) -> None:
+    tensor = torch.arange(3.0)
+    f = open_torch_file(save([tensor], tmp_path / "x.pt", legacy, pickle_protocol=protocol))
+    assert isinstance(f.root, list)
+    assert_same(f.root[0], tensor)
+
+
 def test_large_legacy_pickles_grow_the_window(tmp_path: Path) -> None:
     state = {f"layer.{i}.weight": torch.full((2,), float(i)) for i in range(3000)}
     f = open_torch_file(save(state, tmp_path / "x.pt", legacy=True))

@@ -11,6 +11,7 @@ import io
 import pathlib
 import pickle
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -116,6 +117,7 @@ def test_known_constructors(value: object, expected: object, protocol: int) -> N
         np.int16(-3),
         np.bool_(True),
         np.arange(3, dtype=np.complex64),
+        np.arange(3).astype(ml_dtypes.bfloat16),
     ],
     ids=str,
 )
