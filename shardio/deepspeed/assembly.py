@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...errors import UnsupportedError
 from ..assets import around, find_assets, load_config
 from ..checkpoint import Checkpoint
 from ..layout import Layout
@@ -17,9 +16,11 @@ from ..placement import Flat, Placement
 from ..registry import OpenOptions
 from ..stored import plain
 from ..tensor import LazyTensor
+from .combine import Whole, combine
 from .folder import scan
 from .grid import Grid, read_grid
-from .parts import Part, low_stage, stage3
+from .parts import Part
+from .pipeline import hf_names
 
 FORMAT = "deepspeed"
 
@@ -32,36 +33,47 @@ def open_folder(root: Path, options: OpenOptions) -> Checkpoint:
         UnsupportedError: valid checkpoints that cannot be read.
     """
     grid = read_grid(scan(root))
-    part = whole(grid)
     assets = find_assets([options.config] if options.config else around(root))
-    first, optims = grid.first, [o for ranks in grid.optims for o in ranks]
+    config = load_config(assets)
+    whole = combine(grid, config)
+    part, first = whole.part, grid.first
     table = stripped([*part.weights, *part.tied])
-    mesh: dict[str, Mapping[str, Placement]] = {table[n]: {"dp": Flat()} for n in part.cut}
     return Checkpoint(
         path=root,
         format=FORMAT,
         version=first.fields.text("ds_version"),
+        naming=_naming(part),
         weights=renamed(part.weights, table),
         optimizer={s: renamed(t, table) for s, t in part.optimizer.items()},
         step=grid.step,
-        config=load_config(assets),
-        args=_args(grid),
-        scalars=_scalars(grid),
-        layout=Layout(FORMAT, dp=grid.dp, zero_stage=grid.stage),
-        placements=mesh,
+        config=config,
+        args=_args(grid, whole),
+        scalars=_scalars(grid) | part.scalars,
+        layout=Layout(FORMAT, tp=whole.tp, pp=whole.pp, dp=grid.dp, zero_stage=grid.stage),
+        placements={table[n]: _mesh(whole, n) for n in part.weights if _mesh(whole, n)},
         replicas={table[n]: tuple(c) for n, c in part.copies.items()},
         tied={table[a]: table.get(o, o) for a, o in part.tied.items()},
         assets=assets,
-        warnings=(*grid.warnings, *part.warnings, *_without_optimizer(grid, bool(optims))),
+        warnings=(*grid.warnings, *part.warnings, *_without_optimizer(grid)),
     )
 
 
-def whole(grid: Grid) -> Part:
-    """Return the whole model."""
-    if len(grid.models) > 1:
-        raise UnsupportedError(f"{grid.folder.path}: model parallel")
-    models, optims = grid.models[0], grid.optims[0]
-    return stage3(models, optims) if grid.folder.shards else low_stage(models[0], optims)
+def _mesh(whole: Whole, name: str) -> dict[str, Placement]:
+    mesh: dict[str, Placement] = {}
+    if name in whole.placements:
+        mesh["tp"] = whole.placements[name]
+    if name in whole.part.cut:
+        mesh["dp"] = Flat()
+    return mesh
+
+
+def _naming(part: Part) -> str:
+    """``hf`` when the names are those of a Hugging Face model (or a PEFT wrapper of one)."""
+    if any(n[:1].isdigit() for n in part.weights):
+        return "deepspeed-pipeline"
+    if any(".self_attention.query_key_value" in n for n in part.weights):
+        return "megatron"
+    return "hf"
 
 
 def renamed(tensors: Mapping[str, LazyTensor], table: Mapping[str, str]) -> dict[str, LazyTensor]:
@@ -69,10 +81,10 @@ def renamed(tensors: Mapping[str, LazyTensor], table: Mapping[str, str]) -> dict
     return {table.get(n, n): t for n, t in tensors.items()}
 
 
-def _without_optimizer(grid: Grid, found: bool) -> list[str]:
+def _without_optimizer(grid: Grid) -> list[str]:
     zero = grid.first.config.get("zero_optimization")
     stage = zero.get("stage", 0) if isinstance(zero, dict) else 0
-    if found or not stage:
+    if grid.optims[0] or not stage:
         return []
     return [
         f"no optimizer files, although training ran with ZeRO stage {stage}: weights only "
@@ -80,9 +92,14 @@ def _without_optimizer(grid: Grid, found: bool) -> list[str]:
     ]
 
 
-def _args(grid: Grid) -> dict[str, Any]:
+def _args(grid: Grid, whole: Whole) -> dict[str, Any]:
     first = grid.first
-    known = {"ds_config": first.config, "client_state": first.client()}
+    known: dict[str, Any] = {"ds_config": first.config, "client_state": first.client()}
+    names = hf_names(whole.part.weights, whole.part.tied) if grid.folder.layers else None
+    if names:
+        known["hf_names"] = names
+    if whole.averaged:
+        known["averaged"] = whole.averaged
     for key in ("universal_checkpoint_info", "num_experts", "global_samples", "skipped_steps"):
         if first.fields.get(key) is not None:
             known[key] = first.fields.plain(key)

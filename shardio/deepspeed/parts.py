@@ -6,16 +6,20 @@ fragments and the buffers. ``shared_params`` (or storage that two names share) t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from ...errors import FormatError
 from ..stored import identity, lazy
 from ..tensor import LazyTensor
-from . import zero3, zero12
+from . import zero0, zero3, zero12
+from .experts import owners
 from .fields import Shape
 from .states import ModelState, OptimState
 from .zero12 import States
+
+LazyTensors = Mapping[str, LazyTensor]
 
 
 @dataclass(slots=True)
@@ -29,6 +33,7 @@ class Part:
         copies: further copies that must equal a weight.
         cut: names that are cut over data parallel ranks (stage 3).
         warnings: in plain words.
+        scalars: hyper-parameters found on the way (stage 0).
     """
 
     weights: dict[str, LazyTensor] = field(default_factory=dict)
@@ -37,15 +42,12 @@ class Part:
     copies: dict[str, list[LazyTensor]] = field(default_factory=dict)
     cut: set[str] = field(default_factory=set)
     warnings: list[str] = field(default_factory=list)
+    scalars: dict[str, Any] = field(default_factory=dict)
 
 
-def add_states(to: States, more: Mapping[str, Mapping[str, LazyTensor]]) -> None:
-    """Merge states by name."""
-    for state, tensors in more.items():
-        to.setdefault(state, {}).update(tensors)
-
-
-def group_shapes(model: ModelState, optims: Sequence[OptimState]) -> list[dict[str, Shape]]:
+def group_shapes(
+    model: ModelState, optims: Sequence[OptimState], weights: Mapping[str, LazyTensor]
+) -> list[dict[str, Shape]]:
     """Return the parameters of each group (stage 3: sub-group) in flat order.
 
     Raises:
@@ -53,10 +55,9 @@ def group_shapes(model: ModelState, optims: Sequence[OptimState]) -> list[dict[s
     """
     groups = model.groups
     if groups is None:
-        groups = _shapes_from_slices(model, optims)
-    filled = [g for g in groups if g]
+        groups = _shapes_from_slices(model, optims, weights)
     want = len(optims[0].masters)
-    chosen = list(groups) if len(groups) == want else filled
+    chosen = list(groups) if len(groups) == want else [g for g in groups if g]
     if len(chosen) != want:
         raise FormatError(
             f"{model.path}: param_shapes has {len(groups)} groups, the optimizer in "
@@ -66,38 +67,48 @@ def group_shapes(model: ModelState, optims: Sequence[OptimState]) -> list[dict[s
 
 
 def _shapes_from_slices(
-    model: ModelState, optims: Sequence[OptimState]
+    model: ModelState, optims: Sequence[OptimState], weights: Mapping[str, LazyTensor]
 ) -> tuple[dict[str, Shape], ...]:
     """Old files without ``param_shapes``: the order of the mapping, the shapes of the weights."""
     tables: list[dict[str, Shape]] = [{} for _ in optims[0].masters]
     for rank in optims:
-        for k, group in enumerate(rank.slices or ()):
+        for group, table in zip(rank.slices or (), tables, strict=False):
             for name in group:
-                stored = (model.module or {}).get(name)
-                if stored is None or k >= len(tables):
+                if name not in weights:
                     raise FormatError(
                         f"{model.path}: has no param_shapes, and no weight {name!r} to learn the "
                         "shape from: the optimizer cannot be taken apart"
                     )
-                tables[k][name] = stored.shape
+                table[name] = weights[name].shape
     if not any(tables):
         raise FormatError(f"{model.path}: has no param_shapes: the optimizer cannot be taken apart")
     return tuple(tables)
 
 
-def low_stage(model: ModelState, optims: Sequence[OptimState]) -> Part:
-    """Return the part of a stage 0 to 2 rank whose weights are in ``module``."""
+def low_stage(model: ModelState, optims: Sequence[OptimState], experts: LazyTensors) -> Part:
+    """Return the part of a stage 0 to 2 rank whose weights are in ``module`` and expert files."""
     part = Part()
-    read_module(part, model, model.module or {})
+    read_module(part, model)
+    part.weights.update(experts)
     if optims:
-        shapes = group_shapes(model, optims)
-        check_weights(model, part, shapes)
-        for k, table in enumerate(shapes):
-            if table:
-                group = zero12.make_group(k, table, optims)
-                add_states(part.optimizer, zero12.read_group(group, registration_order(model)))
+        add_zero12(part, model, optims)
+        check_weights(model, part)
+    else:
+        part.optimizer, part.scalars, notes = zero0.read_optimizer(model, part.weights)
+        part.warnings += notes
     _frozen_copies(part, model, optims)
     return part
+
+
+def add_zero12(part: Part, model: ModelState, optims: Sequence[OptimState]) -> None:
+    """Add the optimizer states of a stage 1 or 2 rank."""
+    reorder = registration_order(model)
+    for k, table in enumerate(group_shapes(model, optims, part.weights)):
+        for owner in owners(k, table, optims, model) if table else ():
+            group = zero12.make_group(k, table, owner.ranks)
+            for state, tensors in zero12.read_group(group, reorder).items():
+                named = {owner.names[n]: t for n, t in tensors.items()}
+                part.optimizer.setdefault(state, {}).update(named)
 
 
 def registration_order(model: ModelState) -> zero12.Reorder | None:
@@ -109,36 +120,34 @@ def registration_order(model: ModelState) -> zero12.Reorder | None:
     return lambda shapes: sorted(shapes, key=lambda n: place.get(n, len(place)))
 
 
-def read_module(part: Part, model: ModelState, names: Iterable[str]) -> None:
+def read_module(part: Part, model: ModelState) -> None:
     """Add the weights and buffers of ``module``; aliases go to ``tied``."""
-    owners: dict[tuple[object, ...], str] = {}
-    for name in names:
-        stored = (model.module or {})[name]
+    owned: dict[tuple[object, ...], str] = {}
+    module = model.module or {}
+    for name, stored in module.items():
         owner = model.shared.get(name)
         if owner is None and stored.numel:
-            owner = owners.setdefault(identity(stored), name)
-        if owner is not None and owner != name and owner in (model.module or {}):
+            owner = owned.setdefault(identity(stored), name)
+        if owner is not None and owner != name and owner in module:
             part.tied[name] = owner
         else:
             part.weights[name] = lazy(stored, model.source)
 
 
-def check_weights(model: ModelState, part: Part, shapes: Sequence[Mapping[str, Shape]]) -> None:
+def check_weights(model: ModelState, part: Part) -> None:
     """Check that every trained parameter is among the weights with the same shape.
 
     Raises:
         FormatError: it is not.
     """
-    for table in shapes:
-        for name, shape in table.items():
-            name = part.tied.get(name, name)
-            weight = part.weights.get(name)
-            if weight is None or weight.shape != shape:
-                found = "absent" if weight is None else f"of shape {weight.shape}"
-                raise FormatError(
-                    f"{model.path}: param_shapes has {name!r} of shape {shape}, among the weights "
-                    f"it is {found}: the file is damaged or not whole"
-                )
+    for name, master in part.optimizer.get("master", {}).items():
+        weight = part.weights.get(part.tied.get(name, name))
+        if weight is None or weight.shape != master.shape:
+            found = "absent" if weight is None else f"of shape {weight.shape}"
+            raise FormatError(
+                f"{model.path}: the optimizer has {name!r} of shape {master.shape}, among the "
+                f"weights it is {found}: the file is damaged or not whole"
+            )
 
 
 def _frozen_copies(part: Part, model: ModelState, optims: Sequence[OptimState]) -> None:
@@ -172,9 +181,9 @@ def stage3(models: Sequence[ModelState], optims: Sequence[OptimState]) -> Part:
                 f"{m.path}: its parameters differ from those of {first.path.name}: files of "
                 "different models or saves are mixed"
             )
-    for k, table in enumerate(group_shapes(first, optims)):
-        if table:
-            add_states(part.optimizer, zero3.read_subgroup(k, table, optims))
+    for k, table in enumerate(group_shapes(first, optims, {})):
+        for state, tensors in zero3.read_subgroup(k, table, optims).items() if table else ():
+            part.optimizer.setdefault(state, {}).update(tensors)
     masters = part.optimizer.get("master", {})
     frozen = zero3.read_frozen(models)
     part.cut = {*masters, *frozen}

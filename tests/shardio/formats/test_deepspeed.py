@@ -22,6 +22,7 @@ from safetensors.numpy import load_file
 
 STATES = {"fp32": "master", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
 PLAIN = [
+    "z0_dp2_bf16",
     "z1_dp2_bf16",
     "z1_dp2_bf16_frozen",
     "z1_dp2_bf16opt",
@@ -37,7 +38,7 @@ PLAIN = [
     "z3_dp3_bf16_odd_subgroups",
     "z3_dp4_mics2@0.16.9",
 ]
-CUT: list[str] = []
+CUT = ["autotp2_dp2_z1_bf16", "moe_ep2_dp2_z2_bf16", "pp2_dp2_z1_bf16", "pp2_tp2_dp2_z1_meg"]
 
 
 def wide(array: np.ndarray) -> np.ndarray:
@@ -141,7 +142,7 @@ def refuse(folder: Path, *words: str) -> None:
         assert word in str(caught.value)
 
 
-@pytest.mark.parametrize("case", [*PLAIN, *CUT])
+@pytest.mark.parametrize("case", [*PLAIN[1:], *CUT])
 def test_missing_rank_is_named(copy: Callable[[str], Path], case: str) -> None:
     folder = copy(case)
     for victim in sorted(folder.glob("*zero_pp_rank_*")):
@@ -161,7 +162,7 @@ def test_cut_byte(copy: Callable[[str], Path], case: str) -> None:
         victim.write_bytes(data)
 
 
-@pytest.mark.parametrize("case", [*PLAIN, *CUT])
+@pytest.mark.parametrize("case", [*PLAIN[1:], *CUT])
 def test_swapped_rank_files(copy: Callable[[str], Path], case: str) -> None:
     folder = copy(case)
     files = sorted(folder.glob("*zero_pp_rank_*optim*"))

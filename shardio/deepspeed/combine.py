@@ -1,0 +1,157 @@
+"""All model-parallel ranks together: pipeline stages joined, tensor-parallel parts merged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...errors import FormatError
+from ..box import Index
+from ..placement import Placement, Replicate, Shard
+from ..stored import plain
+from ..tensor import LazyTensor
+from .affine import Affine
+from .experts import read_experts
+from .fused import Average
+from .grid import Grid
+from .parts import Part, low_stage, stage3
+from .pipeline import stages
+from .tensor_parallel import Rules, merge, read_rules
+
+
+@dataclass(slots=True)
+class Whole:
+    """The model in one piece.
+
+    Attributes:
+        part: weights, optimizer and notes.
+        tp, pp: sizes.
+        placements: how each weight is cut over tp.
+        averaged: weights that are means over ranks.
+        trimmed: weights of which padding rows were dropped.
+    """
+
+    part: Part
+    tp: int = 1
+    pp: int = 1
+    placements: dict[str, Placement] = field(default_factory=dict)
+    averaged: list[str] = field(default_factory=list)
+    trimmed: list[str] = field(default_factory=list)
+
+
+def combine(grid: Grid, config: Mapping[str, Any] | None) -> Whole:
+    """Put the whole model together.
+
+    Args:
+        grid: the opened rank files.
+        config: the model's config.json, for checkpoints that do not say how they are cut.
+
+    Raises:
+        FormatError, LayoutError, UnsupportedError: parts that are missing or do not fit.
+    """
+    tp, pp = _sizes(grid)
+    if grid.folder.layers:
+        parts = stages(grid, tp)
+    elif pp > 1 or grid.first.module is None:
+        raise FormatError(
+            f"{grid.folder.path}: the weights are in layer_XX-model_states.pt files, and there "
+            "are none; copy them from the nodes that wrote them"
+        )
+    else:
+        parts = [_rank(grid, mp) for mp in range(tp)]
+    if tp == 1:
+        return Whole(parts[0], tp, pp)
+    info = grid.first.fields.plain("universal_checkpoint_info")
+    if info is None and grid.optims[0]:
+        info = grid.optims[0][0].fields.plain("universal_checkpoint_info")
+    return _merged(parts, read_rules(info, str(grid.first.path), _hints(grid, config)), tp, pp)
+
+
+def _rank(grid: Grid, mp: int) -> Part:
+    models, optims = grid.models[mp], grid.optims[mp]
+    if grid.folder.shards:
+        return stage3(models, optims)
+    return low_stage(models[0], optims, read_experts(grid.folder, mp, models[0]))
+
+
+def _sizes(grid: Grid) -> tuple[int, int]:
+    """Return (tp, pp); mp ranks are numbered stage * tp + tensor rank."""
+    world = len(grid.models)
+    known = grid.first.fields.plain("checkpoint_parallel_dimensions")
+    tp = known.get("tp_degree") if isinstance(known, dict) else None
+    if type(tp) is not int or tp < 1:
+        tp = 1 + max((t for _, t in grid.folder.layers), default=world - 1)
+    if world % tp:
+        raise FormatError(
+            f"{grid.first.path}: {world} model-parallel ranks are no multiple of tensor-parallel "
+            f"size {tp}"
+        )
+    return tp, world // tp
+
+
+def _hints(grid: Grid, config: Mapping[str, Any] | None) -> dict[str, Any]:
+    args = plain(grid.first.fields.get("args"))
+    known = dict(args) if isinstance(args, dict) else {}
+    return {
+        "vocab_size": (config or {}).get("vocab_size", known.get("padded_vocab_size")),
+        "swiglu": bool(known.get("swiglu")),
+    }
+
+
+def _merged(parts: Sequence[Part], rules: Rules, tp: int, pp: int) -> Whole:
+    first = parts[0]
+    for k, p in enumerate(parts):
+        if p.weights.keys() != first.weights.keys():
+            odd = sorted(p.weights.keys() ^ first.weights.keys())[0]
+            raise FormatError(
+                f"{rules.source}: tensor-parallel ranks 0 and {k} do not hold the same tensors "
+                f"({odd!r} is on one only)"
+            )
+    whole = Whole(Part(tied=first.tied, cut=first.cut, warnings=first.warnings), tp, pp)
+    for state in first.optimizer:
+        whole.part.optimizer[state] = {
+            name: _tensor(name, [p.optimizer[state][name] for p in parts], rules)[0]
+            for name in first.optimizer[state]
+        }
+    for name in first.weights:
+        tensor, placement = _tensor(name, [p.weights[name] for p in parts], rules)
+        whole.part.weights[name] = tensor
+        whole.placements[name] = placement
+        _note(whole, name, [p.weights[name] for p in parts], rules)
+    if whole.trimmed:
+        whole.part.warnings.append(
+            f"the vocabulary is padded for tensor parallelism; {', '.join(whole.trimmed)} "
+            f"{'has' if len(whole.trimmed) == 1 else 'have'} its {rules.vocab} real rows "
+            "(original_vocab_size in the checkpoint)"
+        )
+    return whole
+
+
+def _tensor(name: str, parts: Sequence[LazyTensor], rules: Rules) -> tuple[LazyTensor, Placement]:
+    placement = rules.placement(name, [p.shape for p in parts])
+    tensor = merge(placement, parts, f"{rules.source}: {name}")
+    rows = rules.rows(name)
+    if rows is not None and tensor.ndim and tensor.shape[0] > rows:
+        tensor = tensor.slice([slice(0, rows)])
+    return tensor, placement
+
+
+def _note(whole: Whole, name: str, parts: Sequence[LazyTensor], rules: Rules) -> None:
+    """Copies to compare, means of rounded weights, dropped rows."""
+    placement = whole.placements[name]
+    if isinstance(placement, Affine):
+        whole.placements[name] = placement.simple() or placement
+        placement = whole.placements[name]
+    if isinstance(placement, Replicate):
+        whole.part.copies[name] = list(parts[1:])
+    if isinstance(placement, Average):
+        # the model of the next run gets the rounded mean of the masters, not the mean of roundings
+        master = whole.part.optimizer.get("master", {}).get(name)
+        if master is not None:
+            whole.part.weights[name] = master.cast(whole.part.weights[name].dtype)
+        whole.averaged.append(name)
+    full: Index = whole.part.weights[name].shape
+    rows = sum(p.shape[0] for p in parts) if full else 0
+    if isinstance(placement, Shard) and placement.dim == 0 and full[0] < rows:
+        whole.trimmed.append(name)
