@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from ..errors import QuantError
 from .floats import BFLOAT16, FLOAT16, FLOAT32, bf16_bits, f16_bits, to_float32
-from .grids import GRID_TYPES, packed_grid
+from .grids import GRID_TYPES, load_grid
 from .types import GgmlType, type_by_name
 
 _GRID_LOCK = Lock()
@@ -137,7 +137,7 @@ def _install_grid(native: ModuleType, kind: GgmlType) -> None:
     if kind.name in GRID_TYPES:
         with _GRID_LOCK:
             if not native.has_grid(kind.id):
-                native.set_grid(kind.id, packed_grid(kind.name))
+                native.set_grid(kind.id, *load_grid(kind.name))
 
 
 def _narrow(values: npt.NDArray[np.float32], target: np.dtype) -> npt.NDArray:

@@ -13,8 +13,12 @@ import numpy.typing as npt
 GRID_TYPES = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
 
 
-def packed_grid(name: str) -> npt.NDArray[np.uint16]:
-    """Return the grid of type ``name`` as packed levels, uint16 [points], in code order."""
+def load_grid(name: str) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.float32]]:
+    """Return the grid of type ``name`` in code order.
+
+    Returns:
+        The packed levels, uint16 [points], and the decoded values, float32 [points * coordinates].
+    """
     from gguf import quants
 
     codec = getattr(quants, "IQ1_S" if name == "IQ1_M" else name)
@@ -23,4 +27,5 @@ def packed_grid(name: str) -> npt.NDArray[np.uint16]:
     values = np.asarray(codec.grid_map, np.float32)
     levels = np.searchsorted(values, points).astype(np.uint32)
     bits = 2 if levels.shape[1] == 8 else 3
-    return (levels << (bits * np.arange(levels.shape[1]))).sum(axis=1).astype(np.uint16)
+    packed = (levels << (bits * np.arange(levels.shape[1]))).sum(axis=1).astype(np.uint16)
+    return packed, np.ascontiguousarray(points, np.float32).reshape(-1)

@@ -2,8 +2,8 @@
 
 Each module here exports ``ENCODERS``: a map from type name to a function of ``x`` (float32
 [rows, cols]) and ``importance`` (float32 [cols] or None) that returns uint8 [rows, row bytes].
-Modules are discovered, so a new family is one new file. Decoding goes through gguf-py, which
-implements the same block layouts.
+Modules are discovered, so a new family is one new file. Decoding goes through gguf-py, or through
+a module's ``DECODERS`` (uint8 [blocks, block bytes] to float32) for types that gguf-py lacks.
 """
 
 from __future__ import annotations
@@ -19,10 +19,6 @@ import numpy.typing as npt
 from ...errors import QuantError
 from ..types import GgmlType
 
-Encoder = Callable[
-    [npt.NDArray[np.float32], "npt.NDArray[np.float32] | None"], npt.NDArray[np.uint8]
-]
-
 # Byte offsets of the float16 scales inside a block; types without an entry have none.
 _SCALES = {
     "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,),
@@ -32,10 +28,10 @@ _SCALES = {
 
 
 @cache
-def _encoders() -> dict[str, Encoder]:
-    found: dict[str, Encoder] = {}
+def _found(table: str) -> dict[str, Callable[..., npt.NDArray]]:
+    found: dict[str, Callable[..., npt.NDArray]] = {}
     for info in sorted(pkgutil.iter_modules(__path__), key=lambda m: m.name):
-        found.update(getattr(import_module(f".{info.name}", __name__), "ENCODERS", {}))
+        found.update(getattr(import_module(f".{info.name}", __name__), table, {}))
     return found
 
 
@@ -47,7 +43,7 @@ def encode(
     Raises:
         QuantError: the type has no numpy encoder.
     """
-    encoder = _encoders().get(kind.name)
+    encoder = _found("ENCODERS").get(kind.name)
     if encoder is None:
         raise QuantError(
             f"{kind.name} needs the native kernels, which this installation lacks: "
@@ -69,8 +65,11 @@ def decode(data: npt.NDArray[np.uint8], kind: GgmlType) -> npt.NDArray[np.float3
     """Decode flat bytes to flat float32 values."""
     if kind.name == "F32":
         return data.view(np.float32).copy()
+    blocks = data.reshape(-1, kind.bytes)
+    decoder = _found("DECODERS").get(kind.name)
+    if decoder is not None:
+        return decoder(blocks).reshape(-1)
     import gguf
 
-    blocks = data.reshape(-1, kind.bytes)
     values = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType(kind.id))
     return np.ascontiguousarray(values, np.float32).reshape(-1)

@@ -60,13 +60,14 @@ void append_neighbours(const Shape& s, Grid& g, unsigned u) {
 
 const Grid& grid_of(int type) { return grids[size_t(slot(type))]; }
 
-void set_grid(int type, const uint16_t* points, int count) {
+void set_grid(int type, const uint16_t* points, const float* values, int count) {
     const int at = slot(type);
     const Shape& s = kShapes[at];
     Grid g;
     g.dims = s.dims;
     g.bits = s.bits;
     g.point.assign(points, points + count);
+    g.value.assign(values, values + int64_t(count) * s.dims);
     g.map.assign(size_t(1) << (s.dims * s.bits), -1);
     for (int i = 0; i < count; ++i) g.map[points[i]] = i;
     const unsigned mask = (1u << s.bits) - 1;

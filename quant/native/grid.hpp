@@ -14,12 +14,13 @@ struct Grid {
     // Per off-grid vector: the count of neighbours rounded up to 16, then their packed levels,
     // nearest first (ties by grid index), the first one repeated as padding.
     std::vector<uint16_t> lists;
+    std::vector<float> value;     // decoded magnitudes, `dims` per grid index
 };
 
 // The grid of a ggml type; empty `point` until set_grid has been called for it.
 const Grid& grid_of(int type);
 
-// Install the grid points (packed levels, in code order). Thread-safe if calls do not overlap.
-void set_grid(int type, const uint16_t* points, int count);
+// Install the grid points (packed levels and decoded values, in code order). Thread-safe if calls do not overlap.
+void set_grid(int type, const uint16_t* points, const float* values, int count);
 
 }  // namespace mconv

@@ -3,6 +3,8 @@
 #include "kernels.hpp"
 
 #include "casts.hpp"
+#include "decode.hpp"
+#include "decode_grid.hpp"
 #include "iq1.hpp"
 #include "iq23.hpp"
 #include "iq4.hpp"
@@ -31,31 +33,31 @@ static bool runs_here() {
 
 static const Format kFormats[] = {
     // id, block, bytes, encode, decode, wants row mean
-    {2, 32, 18, encode_q4_0, nullptr, true},
-    {3, 32, 20, encode_q4_1, nullptr, true},
-    {6, 32, 22, encode_q5_0, nullptr, true},
-    {7, 32, 24, encode_q5_1, nullptr, true},
-    {8, 32, 34, encode_q8_0, nullptr, false},
-    {10, 256, 84, encode_q2_k, nullptr, false},
-    {11, 256, 110, encode_q3_k, nullptr, false},
-    {12, 256, 144, encode_q45_k<4>, nullptr, false},
-    {13, 256, 176, encode_q45_k<5>, nullptr, false},
-    {14, 256, 210, encode_q6_k, nullptr, false},
-    {16, 256, 66, encode_grid<Iq2Xxs>, nullptr, false},
-    {17, 256, 74, encode_grid<Iq2Xs>, nullptr, false},
-    {18, 256, 98, encode_grid<Iq3Xxs>, nullptr, false},
-    {19, 256, 50, encode_iq1_s, nullptr, false},
-    {20, 32, 18, encode_iq4_nl, nullptr, false},
-    {21, 256, 110, encode_grid<Iq3S>, nullptr, false},
-    {22, 256, 82, encode_grid<Iq2S>, nullptr, false},
-    {23, 256, 136, encode_iq4_xs, nullptr, false},
-    {29, 256, 56, encode_iq1_m, nullptr, false},
-    {34, 256, 54, encode_tq1_0, nullptr, false},
-    {35, 256, 66, encode_tq2_0, nullptr, false},
-    {39, 32, 17, encode_mxfp4, nullptr, false},
-    {40, 64, 36, encode_nvfp4, nullptr, false},
-    {41, 128, 18, encode_q1_0, nullptr, false},
-    {42, 64, 18, encode_q2_0, nullptr, false},
+    {2, 32, 18, encode_q4_0, decode_nibbles<18, 2, -1, false, 8>, true},
+    {3, 32, 20, encode_q4_1, decode_nibbles<20, 4, -1, true, 0>, true},
+    {6, 32, 22, encode_q5_0, decode_nibbles<22, 6, 2, false, 16>, true},
+    {7, 32, 24, encode_q5_1, decode_nibbles<24, 8, 4, true, 0>, true},
+    {8, 32, 34, encode_q8_0, decode_q8_0, false},
+    {10, 256, 84, encode_q2_k, decode_q2_k, false},
+    {11, 256, 110, encode_q3_k, decode_q3_k, false},
+    {12, 256, 144, encode_q45_k<4>, decode_q45_k<4>, false},
+    {13, 256, 176, encode_q45_k<5>, decode_q45_k<5>, false},
+    {14, 256, 210, encode_q6_k, decode_q6_k, false},
+    {16, 256, 66, encode_grid<Iq2Xxs>, decode_iq2_xxs, false},
+    {17, 256, 74, encode_grid<Iq2Xs>, decode_iq2_xs, false},
+    {18, 256, 98, encode_grid<Iq3Xxs>, decode_iq3_xxs, false},
+    {19, 256, 50, encode_iq1_s, decode_iq1_s, false},
+    {20, 32, 18, encode_iq4_nl, decode_iq4_nl, false},
+    {21, 256, 110, encode_grid<Iq3S>, decode_iq3_s, false},
+    {22, 256, 82, encode_grid<Iq2S>, decode_iq2_s, false},
+    {23, 256, 136, encode_iq4_xs, decode_iq4_xs, false},
+    {29, 256, 56, encode_iq1_m, decode_iq1_m, false},
+    {34, 256, 54, encode_tq1_0, decode_tq1_0, false},
+    {35, 256, 66, encode_tq2_0, decode_tq2_0, false},
+    {39, 32, 17, encode_mxfp4, decode_mxfp4, false},
+    {40, 64, 36, encode_nvfp4, decode_nvfp4, false},
+    {41, 128, 18, encode_q1_0, decode_q1_0, false},
+    {42, 64, 18, encode_q2_0, decode_q2_0, false},
 };
 
 }  // namespace MCONV_ISA

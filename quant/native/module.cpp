@@ -22,6 +22,8 @@ using BytesOut = nb::ndarray<uint8_t, nb::c_contig, nb::device::cpu>;
 using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using FloatsOut = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
+using Points = nb::ndarray<const uint16_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
 static std::vector<const Isa*> available() {
     std::vector<const Isa*> found;
 #if defined(__x86_64__)
@@ -90,8 +92,11 @@ NB_MODULE(_native, m) {
         const Format* f = find_format(best_isa(), type);
         return f ? f->decode != nullptr : is_float_type(type);
     });
-    m.def("set_grid", [](int type, nb::ndarray<const uint16_t, nb::ndim<1>, nb::c_contig> points) {
-        set_grid(type, points.data(), int(points.size()));
+    m.def("set_grid", [](int type, Points points, Floats values) {
+        const int dims = type == 18 || type == 21 ? 4 : 8;
+        if (values.size() != points.size() * size_t(dims))
+            throw std::invalid_argument("a grid needs the values of every point");
+        set_grid(type, points.data(), values.data(), int(points.size()));
     });
     m.def("has_grid", [](int type) { return !grid_of(type).point.empty(); });
     m.def("quantize", &quantize, nb::arg("type"), nb::arg("x"), nb::arg("input"), nb::arg("cols"),

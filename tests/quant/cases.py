@@ -7,11 +7,16 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import json
+from collections.abc import Iterable
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 
 COLS = 512
+FIXTURES = Path(__file__).parent.parent / "fixtures" / "quant"
 
 
 def inputs(rows: int = 4, cols: int = COLS, seed: int = 7) -> dict[str, np.ndarray]:
@@ -96,3 +101,27 @@ class Ggml:
 def ggml(path: str) -> Ggml:
     """Return the library at ``path`` (opened once)."""
     return Ggml(path)
+
+
+def digest(parts: Iterable[np.ndarray]) -> str:
+    """Return a short digest of some byte arrays in order."""
+    h = hashlib.sha256()
+    for part in parts:
+        h.update(np.ascontiguousarray(part).tobytes())
+    return h.hexdigest()[:16]
+
+
+@cache
+def golden() -> dict[str, dict[str, str]]:
+    """Return ggml's digests: type, then input name."""
+    return json.loads((FIXTURES / "golden.json").read_text())
+
+
+@cache
+def golden_inputs() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray | None]]:
+    """Return the inputs and the importance vectors behind ``golden``."""
+    with np.load(FIXTURES / "inputs.npz") as data:
+        arrays = {name: data[name] for name in data.files}
+    weights: dict[str, np.ndarray | None] = {"none": None}
+    weights |= {name[2:]: a for name, a in arrays.items() if name.startswith("w.")}
+    return {name[2:]: a for name, a in arrays.items() if name.startswith("x.")}, weights
