@@ -16,13 +16,15 @@ _PUBLIC = {
     "LazyTensor": ".shardio",
     "Layout": ".shardio",
     "MconvError": ".errors",
-    "reshard": ".convert",
-    "to_gguf": ".convert",
-    "diff": ".convert",
+    "reshard": ".convert.reshard",
+    "to_gguf": ".convert.to_gguf",
+    "diff": ".convert.diff",
 }
 
 if TYPE_CHECKING:
-    from .convert import diff, reshard, to_gguf
+    from .convert.diff import diff
+    from .convert.reshard import reshard
+    from .convert.to_gguf import to_gguf
     from .errors import MconvError
     from .shardio import Checkpoint, Layout, LazyTensor, open_checkpoint
 

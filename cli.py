@@ -62,10 +62,8 @@ def main(args: list[str] | None = None) -> Any:
     """Run the command line and exit."""
     argv = sys.argv[1:] if args is None else args
     try:
-        cli.main(argv, prog_name="mconv", standalone_mode=False)
-        sys.exit(0)
-    except click.exceptions.Exit as e:
-        sys.exit(e.exit_code)
+        code = cli.main(argv, prog_name="mconv", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
     except click.ClickException as e:
         e.show()
         sys.exit(2)

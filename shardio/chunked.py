@@ -35,7 +35,7 @@ from .box import (
 from .source import Source
 from .tensor import LazyTensor, resolve_shape
 
-_SCRATCH = 4 << 20  # bytes read at once when a piece has to be rearranged in memory
+_SCRATCH = 256 << 10  # bytes read at once when a piece has to be rearranged in memory
 _SHATTER = 64  # a reshape may always make this many chunks ...
 _SHATTER_FACTOR = 8  # ... or this many times what it had
 

@@ -1,8 +1,8 @@
 """What goes into an output file, as independent pieces of work.
 
 A ``Payload`` is a run of output bytes of known length that can be produced slab by slab, in any
-order, by any thread. Tensors whose file pieces land contiguously become kernel copies (no byte
-passes through Python); everything else is rendered in slabs of bounded size.
+order, by any thread. Tensors whose file pieces land contiguously become plain copies; everything
+else is rendered in slabs of bounded size.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from .chunked import Chunk, Chunked
 from .source import FileSource
 from .tensor import LazyTensor
 
-COPY_LIMIT = 64 << 20  # bytes of one kernel copy, so that progress and other threads get a turn
+COPY_LIMIT = 64 << 20  # bytes of one copy, so that progress and other threads get a turn
 
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """Bytes to be copied by the kernel.
+    """Bytes to be copied as they are.
 
     Attributes:
         source, position: where they are.
@@ -56,6 +56,19 @@ class Render:
 Slab = Copy | Render
 
 
+@dataclass(frozen=True, slots=True)
+class Joint:
+    """Bytes of several payloads of one group, computed from one read.
+
+    Attributes:
+        places: (member, where in that member's payload, bytes), in the order of ``make``.
+        make: yields their bytes one after the other (contiguous buffers).
+    """
+
+    places: tuple[tuple[int, int, int], ...]
+    make: Callable[[], Iterator[np.ndarray]]
+
+
 class Payload(Protocol):
     """A run of output bytes."""
 
@@ -71,6 +84,50 @@ class Payload(Protocol):
     def first_span(self) -> tuple[str, int]:
         """Return (file, byte) of the first source piece: payloads are worked off in this order."""
         ...
+
+
+class Group(Protocol):
+    """Payloads made from the same source, so that one read serves several output files."""
+
+    @property
+    def sizes(self) -> Sequence[int]:
+        """Exact length of each member."""
+        ...
+
+    def joints(self, limit: int, members: Sequence[int]) -> Iterator[Joint]:
+        """Yield pieces that tile the payloads of ``members``."""
+        ...
+
+    def first_span(self) -> tuple[str, int]:
+        """As for a payload."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One payload of a group; the writer takes the members of a group together."""
+
+    group: Group
+    index: int
+
+    @property
+    def nbytes(self) -> int:
+        """This member's length."""
+        return self.group.sizes[self.index]
+
+    def first_span(self) -> tuple[str, int]:
+        """The group's."""
+        return self.group.first_span()
+
+    def slabs(self, limit: int) -> Iterator[Slab]:
+        """This member alone."""
+        for joint in self.group.joints(limit, [self.index]):
+            ((_, at, nbytes),) = joint.places
+            yield Render(at, nbytes, _only(joint))
+
+
+def _only(joint: Joint) -> Callable[[], np.ndarray]:
+    return lambda: next(joint.make())
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +166,7 @@ class TensorPayload:
         return first_span(self.tensor)
 
     def slabs(self, limit: int) -> Iterator[Slab]:
-        """Kernel copies where possible, else slabs read into memory."""
+        """Plain copies where possible, else slabs read into memory."""
         if isinstance(self.tensor, Chunked):
             copies = _copies(self.tensor)
             if copies is not None:
@@ -217,7 +274,7 @@ def _reader(tensor: LazyTensor, box: Box) -> Callable[[], np.ndarray]:
 
 
 def _copies(tensor: Chunked) -> list[Copy] | None:
-    """Return kernel copies for the whole tensor, or None when some piece must be rearranged."""
+    """Return plain copies for the whole tensor, or None when some piece must be rearranged."""
     itemsize = tensor.dtype.itemsize
     flat = row_major(tensor.shape, itemsize)
     out: list[Copy] = []

@@ -38,7 +38,7 @@ class Source(Protocol):
     def locate(self, offset: int) -> tuple[FileSource, int] | None:
         """Return (file, position there) of byte ``offset`` when the bytes lie plainly in a file.
 
-        Writers then let the kernel copy them. None for bytes that are compressed or in memory.
+        Writers then copy them as they are. None for bytes that are compressed or in memory.
         """
         ...
 

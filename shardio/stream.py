@@ -20,13 +20,16 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import OutputError
-from .payload import Copy, Payload, Render, Slab
+from .payload import Copy, Group, Joint, Member, Payload, Slab
 from .source import FileSource
 
 Progress = Callable[[int, int], None]
 
+_Part = tuple[int, int, int]  # file, part of it, byte where the part starts
+_Piece = tuple[Slab | Joint, list[_Part]]  # with one part per place
+
 DEFAULT_MEMORY = 1 << 30
-_SLAB = 8 << 20  # more only costs page faults
+_SLAB = 4 << 20  # more only costs page faults and cache misses
 _SYNC_EVERY = 1 << 30  # bytes between two syncs of the journal
 
 
@@ -177,11 +180,8 @@ class _Run:
             self.fds.append(fd)
             os.ftruncate(fd, f.size)
 
-    def _queue(self) -> Iterator[tuple[int, int, int, Slab]]:
-        """Slabs of all unfinished payloads, in source order:
-
-        (file, part, offset of the part, slab).
-        """
+    def _queue(self) -> Iterator[_Piece]:
+        """Pieces of all unfinished payloads, in source order."""
         done = self.journal.done if self.journal else set()
         order = []
         for k, f in enumerate(self.files):
@@ -193,22 +193,43 @@ class _Run:
                     self.left[k, j] = payload.nbytes
         order.sort(key=lambda item: item[:3])
         limit = self.limits.slab()
+        groups: dict[int, list[tuple[int, _Part]]] = {}
         for _, k, j, offset, payload in order:
-            for slab in payload.slabs(limit):
-                yield k, j, offset, slab
+            if isinstance(payload, Member):
+                found = groups.setdefault(id(payload.group), [])
+                found.append((payload.index, (k, j, offset)))
+        for _, k, j, offset, payload in order:
+            if not isinstance(payload, Member):
+                for slab in payload.slabs(limit):
+                    yield slab, [(k, j, offset)]
+            elif (members := groups.pop(id(payload.group), None)) is not None:
+                yield from _joints(payload.group, members, limit)
 
-    def _work(self, queue: Iterator[tuple[int, int, int, Slab]]) -> None:
+    def _work(self, queue: Iterator[_Piece]) -> None:
         while not self.stop.is_set():
             with self.lock:
                 item = next(queue, None)
             if item is None:
                 return
-            k, j, offset, slab = item
+            slab, parts = item
+            if isinstance(slab, Joint):
+                for part, (_, at, nbytes), made in zip(
+                    parts, slab.places, slab.make(), strict=True
+                ):
+                    self._put(part, at, nbytes, made)
+                continue
+            (part,) = parts
             if isinstance(slab, Copy):
-                kernel_copy(slab.source, slab.position, self.fds[k], offset + slab.at, slab.nbytes)
+                k, j, offset = part
+                copy_bytes(slab.source, slab.position, self.fds[k], offset + slab.at, slab.nbytes)
+                self._count(k, j, slab.nbytes)
             else:
-                _pwrite(self.fds[k], _render(slab), offset + slab.at)
-            self._count(k, j, slab.nbytes)
+                self._put(part, slab.at, slab.nbytes, slab.make())
+
+    def _put(self, part: _Part, at: int, nbytes: int, made: np.ndarray | bytes) -> None:
+        k, j, offset = part
+        _pwrite(self.fds[k], _bytes(made, nbytes), offset + at)
+        self._count(k, j, nbytes)
 
     def _count(self, k: int, j: int, nbytes: int) -> None:
         sync = False
@@ -236,13 +257,21 @@ class _Run:
             self.journal.add(finished)
 
 
-def _render(slab: Render) -> memoryview:
-    made = slab.make()
+def _joints(
+    group: Group, members: Sequence[tuple[int, _Part]], limit: int
+) -> Iterator[tuple[Joint, list[_Part]]]:
+    """Pieces of a group with the parts they go to, in the order of the places."""
+    to = dict(members)
+    for joint in group.joints(limit, list(to)):
+        yield joint, [to[member] for member, _, _ in joint.places]
+
+
+def _bytes(made: np.ndarray | bytes, nbytes: int) -> memoryview:
     if isinstance(made, np.ndarray):
         data = np.ascontiguousarray(made).reshape(-1).view(np.uint8).data
     else:
         data = memoryview(made)
-    assert data.nbytes == slab.nbytes, f"a slab has {data.nbytes} bytes instead of {slab.nbytes}"
+    assert data.nbytes == nbytes, f"a slab has {data.nbytes} bytes instead of {nbytes}"
     return data
 
 
@@ -260,10 +289,17 @@ _NO_KERNEL_COPY = {
     errno.EPERM,
     errno.EBADF,
 }
+_PAGE = 4096
+_COPY_BUFFER = 1 << 20  # stays in the cache of one core
+_local = threading.local()
 
 
-def kernel_copy(source: FileSource, position: int, fd: int, offset: int, nbytes: int) -> None:
-    """Copy bytes between files inside the kernel; through memory where it cannot.
+def copy_bytes(source: FileSource, position: int, fd: int, offset: int, nbytes: int) -> None:
+    """Copy bytes between files.
+
+    The kernel does it alone (or shares the blocks, where the file system can) when both ends lie
+    alike in their pages. Otherwise it would split every page in two, which costs about twice as
+    much as going through a small buffer here.
 
     Args:
         source: the file to copy from.
@@ -276,9 +312,9 @@ def kernel_copy(source: FileSource, position: int, fd: int, offset: int, nbytes:
         FormatError: the source ends early.
         OSError: the output cannot be written.
     """
-    handle = source.handle()
     done = 0
-    if hasattr(os, "copy_file_range"):
+    if hasattr(os, "copy_file_range") and (position - offset) % _PAGE == 0:
+        handle = source.handle()
         while done < nbytes:
             try:
                 n = os.copy_file_range(handle.fd, fd, nbytes - done, position + done, offset + done)
@@ -289,12 +325,18 @@ def kernel_copy(source: FileSource, position: int, fd: int, offset: int, nbytes:
             if n == 0:
                 break  # the source ends (the read below says where), or the file system will not
             done += n
-    step = 4 << 20
     while done < nbytes:
-        buffer = np.empty(min(step, nbytes - done), np.uint8).data
+        buffer = _copy_buffer()[: nbytes - done]
         source.readinto(position + done, buffer)
         _pwrite(fd, buffer, offset + done)
         done += len(buffer)
+
+
+def _copy_buffer() -> memoryview:
+    buffer: memoryview | None = getattr(_local, "buffer", None)
+    if buffer is None:
+        buffer = _local.buffer = memoryview(bytearray(_COPY_BUFFER))
+    return buffer
 
 
 def output_error(folder: Path, e: OSError) -> OutputError:
