@@ -58,8 +58,11 @@ class FileSet:
         return self.stem.partition(".")[0] in _STEMS and "." in self.stem
 
 
-def file_sets(folder: Path) -> list[FileSet]:
-    """Return the sets of a folder, the one that transformers would load first; [] if unreadable."""
+def file_sets(folder: Path, stem: str | None = None) -> list[FileSet]:
+    """Return the sets of a folder, the one that transformers would load first; [] if unreadable.
+
+    With ``stem`` only that one is looked for, also where it is no model (``optimizer``).
+    """
     try:
         names = sorted(p.name for p in folder.iterdir())
     except OSError:
@@ -67,7 +70,7 @@ def file_sets(folder: Path) -> list[FileSet]:
     sets: dict[tuple[str, str], FileSet] = {}
     for name in names:
         key = _place(name)
-        if key is None or (key[1] == "bin" and not key[0].startswith("pytorch_model")):
+        if key is None or (key[0] != stem if stem else not _is_model(*key)):
             continue
         found = sets.setdefault(key, FileSet(*key))
         if INDEX.match(name):
@@ -80,13 +83,16 @@ def file_sets(folder: Path) -> list[FileSet]:
 
 
 def _place(name: str) -> tuple[str, str] | None:
-    """Return (stem, kind) of a file name, or None for files that hold no model."""
-    if _FOREIGN.match(name):
-        return None
+    """Return (stem, kind) of a file name, or None for other files."""
     if m := INDEX.match(name):
         return (f"{m['stem']}.{m['variant']}" if m["variant"] else m["stem"]), m["kind"]
     m = _SHARD.match(name) or _SINGLE.match(name)
     return (m["stem"], m["kind"]) if m else None
+
+
+def _is_model(stem: str, kind: str) -> bool:
+    usual_bin = kind != "bin" or stem.startswith("pytorch_model")
+    return usual_bin and not _FOREIGN.match(f"{stem}.{kind}")
 
 
 def _preference(files: FileSet) -> tuple[bool, bool, int, str]:
@@ -115,6 +121,8 @@ def choose(folder: Path, sets: list[FileSet]) -> FileSet:
 def set_of(path: Path) -> FileSet | None:
     """Return the set that one file belongs to."""
     key = _place(path.name)
+    if key is None:
+        return None
     return next((s for s in file_sets(path.parent) if (s.stem, s.kind) == key), None)
 
 

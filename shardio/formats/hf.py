@@ -86,6 +86,7 @@ def open_hf(root: Path, options: OpenOptions) -> Checkpoint:
         format="hf",
         version=_version(config),
         weights=lazies,
+        optimizer=_optimizer(folder, lazies, notes),
         step=_trainer_step(folder),
         config=config,
         layout=Layout(format="hf"),
@@ -220,6 +221,27 @@ def _check_index(
         f"{folder}: the index and the files disagree on {len(lost)} tensors: {name!r} should be "
         f"in {index[name]}, but {found}; shard files were swapped, or belong to different saves"
     )
+
+
+def _optimizer(
+    folder: Path, weights: Mapping[str, LazyTensor], notes: list[str]
+) -> dict[str, dict[str, LazyTensor]]:
+    """Return the states in ``optimizer*.safetensors`` beside the model (``<state>.<weight>``)."""
+    files = next((s for s in file_sets(folder, "optimizer") if s.kind == "safetensors"), None)
+    if files is None:
+        if (folder / "optimizer.pt").is_file():
+            notes.append("optimizer.pt is not read: it numbers its states, and names are not there")
+        return {}
+    index, paths = _parts(folder, folder, files, notes)
+    leaves, _ = _select(folder, index, _load(paths), notes)
+    found: dict[str, dict[str, LazyTensor]] = {}
+    for key, leaf in leaves.items():
+        state, _, name = key.partition(".")
+        if name in weights:
+            found.setdefault(state, {})[name] = as_lazy(leaf)
+        else:
+            notes.append(f"optimizer state {key!r} belongs to no weight and is left out")
+    return found
 
 
 def _version(config: Mapping[str, object] | None) -> str | None:
