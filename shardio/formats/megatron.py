@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ...errors import FormatError, UnsupportedError
-from ..assets import around, find_assets, load_config
 from ..checkpoint import Checkpoint
 from ..layout import Layout
 from ..megatron.merge import (
@@ -40,6 +39,7 @@ from ..megatron.settings import Sizes, number
 from ..records import StoredTensor
 from ..registry import Format, OpenOptions
 from ..source import FileSource
+from ..state_checkpoint import model_files
 from ..stored import lazy
 
 _ITERATION = re.compile(r"^iter_(\d+)$")
@@ -99,7 +99,7 @@ def open_legacy(root: Path, options: OpenOptions) -> Checkpoint:
     held = collect(parts, world)
     whole = assemble(held, world)
     states = read_optimizer(files, parts, world)
-    assets = find_assets([options.config] if options.config else around(root))
+    config, assets = model_files(root, options)
     step = files[0].root.get("iteration")
     return Checkpoint(
         path=root,
@@ -109,7 +109,7 @@ def open_legacy(root: Path, options: OpenOptions) -> Checkpoint:
         weights=whole.tensors,
         optimizer=states.tensors,
         step=step if isinstance(step, int) else None,
-        config=load_config(assets),
+        config=config,
         args=args,
         scalars=states.scalars,
         layout=Layout(
@@ -126,7 +126,7 @@ def open_legacy(root: Path, options: OpenOptions) -> Checkpoint:
         replicas=whole.replicas,
         tied={HEAD: EMBEDDING} if world.tied and EMBEDDING in whole.tensors else {},
         assets=assets,
-        warnings=(*_tracker_warnings(root), *states.warnings),
+        warnings=(*tracker_warnings(root), *states.warnings),
     )
 
 
@@ -189,7 +189,8 @@ def _version(file: RankFile) -> str:
     )
 
 
-def _tracker_warnings(root: Path) -> list[str]:
+def tracker_warnings(root: Path) -> list[str]:
+    """Warn when the folder is newer than the last save that was finished."""
     m = _ITERATION.match(root.name)
     latest = tracked(root.parent) if m else None
     newest = _ITERATION.match(latest.name) if latest is not None else None
