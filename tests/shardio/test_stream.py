@@ -143,6 +143,7 @@ def test_full_disk_is_one_clear_error(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "copy_file_range", full)
+    monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(OutputError, match="disk is full"):
         write_folder(tmp_path / "out", files(source[1]), plan="p")
     assert not (tmp_path / "out").exists()

@@ -1,0 +1,106 @@
+"""``mconv to-gguf SRC OUT.gguf``."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import click
+
+from .options import (
+    human,
+    limits,
+    model_options,
+    output_options,
+    progress_bar,
+    render_options,
+    show_json,
+    source_options,
+    warn,
+)
+
+
+@click.command("to-gguf")
+@click.argument("src", type=click.Path())
+@click.argument("out", type=click.Path())
+@click.option(
+    "--type", "kind", default="f16", show_default=True, help="f32, f16, bf16, q8_0, auto."
+)
+@click.option("--name", help="Model name in the metadata (default: from its folder).")
+@click.option("--pre", help="Pre-tokenizer name, if its structure is not recognised.")
+@model_options
+@source_options
+@output_options
+@render_options
+def command(
+    src: str,
+    out: str,
+    kind: str,
+    name: str | None,
+    pre: str | None,
+    weights: str,
+    vocab_size: int | None,
+    tokenizer: str | None,
+    verify: bool,
+    config: str | None,
+    source_format: str | None,
+    max_memory: int,
+    threads: int | None,
+    force: bool,
+    resume: bool,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Convert the checkpoint SRC of any layout to the GGUF file OUT, in one pass.
+
+    \b
+    mconv to-gguf runs/zero3 model.gguf --type q8_0
+    mconv to-gguf megatron/iter_0001000 model.gguf --tokenizer tok/ --vocab-size 32000
+    """
+    from ..convert.to_gguf import to_gguf
+    from ..shardio import open_checkpoint
+
+    started = time.monotonic()
+    ckpt = open_checkpoint(src, format=source_format, config=config)
+    with progress_bar(f"to-gguf {Path(out).name}", shown=not (quiet or as_json)) as progress:
+        report = to_gguf(
+            ckpt,
+            out,
+            kind,
+            name=name,
+            pre=pre,
+            weights=weights,
+            vocab_size=vocab_size,
+            tokenizer=tokenizer,
+            verify=verify,
+            force=force,
+            resume=resume,
+            dry_run=dry_run,
+            limits=limits(max_memory, threads),
+            progress=progress,
+        )
+    seconds = time.monotonic() - started
+    if as_json:
+        show_json(
+            {
+                "target": report.target,
+                "architecture": report.architecture,
+                "type": report.type,
+                "nbytes": report.nbytes,
+                "tensors": [
+                    {"name": t.name, "type": t.type.name, "shape": t.shape} for t in report.tensors
+                ],
+                "warnings": report.warnings,
+                "seconds": round(seconds, 3),
+                "dry_run": dry_run,
+            }
+        )
+        return
+    if not quiet:
+        warn(report.warnings)
+        verb = "would write" if dry_run else "wrote"
+        click.echo(
+            f"{verb} {report.target}: {report.architecture} {report.type}, "
+            f"{len(report.tensors)} tensors, {human(report.nbytes)} in {seconds:.1f} s"
+        )
