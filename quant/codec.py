@@ -47,6 +47,7 @@ def quantize(
     importance: npt.NDArray[np.float32] | None = None,
     *,
     threads: int | None = None,
+    device: str = "cpu",
     out: npt.NDArray[np.uint8] | None = None,
 ) -> npt.NDArray[np.uint8]:
     """Encode the rows of ``x`` as a ggml type; the bytes equal ``ggml_quantize_chunk``'s.
@@ -57,6 +58,8 @@ def quantize(
         importance: float32 [cols], the mean squared activation per column (an importance matrix
             entry), shared by all rows; types that cannot use it ignore it.
         threads: worker threads (default: all processors).
+        device: ``"cpu"``, or a torch device such as ``"cuda"``, which encodes the K-quants,
+            Q4_0..Q5_1 and IQ4 types; the rest is encoded on the CPU. The bytes are the same.
         out: where to write, uint8 [..., rows, row bytes], C-contiguous; allocated if absent.
 
     Returns:
@@ -65,6 +68,7 @@ def quantize(
     Raises:
         QuantError: unknown type, wrong dtype or shape, NaN or infinity, a value or scale beyond
             float16, or a missing importance vector.
+        ConfigError: the device cannot be used.
     """
     kind = type_by_name(type)
     _check_input(x, kind)
@@ -78,7 +82,9 @@ def quantize(
     if x.size:
         source, target = x.reshape(-1, cols), out.reshape(-1, shape[-1])
         native = _native()
-        if native is not None and native.can_quantize(kind.id):
+        if device != "cpu" and _quantize_torch(device, source, kind, weights, target):
+            pass
+        elif native is not None and native.can_quantize(kind.id):
             _quantize_native(native, source, kind, weights, target, threads)
         else:
             _quantize_numpy(source, kind, weights, target)
@@ -197,6 +203,25 @@ def _quantize_native(
         raise _not_finite(x, kind)
     if status & 2:
         raise _overflow(x, kind)
+
+
+def _quantize_torch(
+    device: str,
+    x: npt.NDArray,
+    kind: GgmlType,
+    weights: npt.NDArray[np.float32] | None,
+    out: npt.NDArray[np.uint8],
+) -> bool:
+    from .device import has_array_program, quantize_on
+    from .fallback import scales_overflow
+
+    if not has_array_program(kind):
+        return False
+    if not quantize_on(device, x, kind, weights, out):
+        raise _not_finite(x, kind)
+    if scales_overflow(out, kind):
+        raise _overflow(x, kind)
+    return True
 
 
 def _quantize_numpy(

@@ -12,6 +12,7 @@ import pkgutil
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -51,6 +52,12 @@ def encode(
         )
     with np.errstate(all="ignore"):
         return encoder(x, importance).reshape(x.shape[0], -1)
+
+
+def array_encoder(kind: GgmlType) -> Callable[..., Any] | None:
+    """Return the encoder of ``kind`` that also takes torch tensors, or None."""
+    encoder = _found("ENCODERS").get(kind.name)
+    return None if encoder is None or encoder.__module__.endswith(".plain") else encoder
 
 
 def scales_overflow(data: npt.NDArray[np.uint8], kind: GgmlType) -> bool:
