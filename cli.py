@@ -20,6 +20,7 @@ _COMMANDS = {
     "inspect": "Show what a checkpoint is: format, layout, tensors, what is missing.",
     "reshard": "Merge or reshard a checkpoint into another layout.",
     "to-gguf": "Convert a checkpoint of any layout to GGUF.",
+    "quantize": "Quantize a GGUF model to one or several types.",
     "diff": "Compare two checkpoints of any formats, tensor by tensor.",
 }
 

@@ -1,0 +1,272 @@
+"""From tensors and targets to planned outputs: which type each tensor gets and how it is encoded.
+
+Shared by ``mconv quantize`` (a GGUF comes in) and ``mconv to-gguf`` (anything comes in). With
+several targets the payloads of a tensor form one group, so its rows are read once for all outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import prod
+
+import numpy as np
+
+from ..errors import QuantError
+from ..quant import GgmlType
+from ..quant.recipes import (
+    Choice,
+    ModelFacts,
+    RecipeOptions,
+    Target,
+    TensorRecord,
+    choose,
+    unmet_importance,
+)
+from ..shardio.payload import Payload
+from ..shardio.tensor import LazyTensor
+from .gguf import TensorSpec
+from .gguf.encode import Encoding, copied, encoded
+from .gguf.files import OutTensor
+from .imatrix import ImportanceMatrix
+
+_NAMES_SHOWN = 5
+_CHECKED = ("F32", "F16", "BF16")  # read even where they stay, to find NaN and infinity
+_UNMEASURED = ("token_embd.weight", "per_layer_token_embd.weight", "output.weight")
+
+
+@dataclass(frozen=True, slots=True)
+class SourceTensor:
+    """A tensor to be written.
+
+    Attributes:
+        name: in the output.
+        origin: name that an importance matrix knows it by.
+        type: what it is stored as, or would be without quantization.
+        values: its values, any float dtype.
+        stored: the bytes to copy where the type stays (uint8 rows for block types); None makes
+            them from the values.
+    """
+
+    name: str
+    origin: str
+    type: GgmlType
+    values: LazyTensor
+    stored: LazyTensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Row-major shape without leading ones, as ggml writes it."""
+        return TensorRecord(self.name, self.values.shape or (1,), self.type).dims
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """A tensor of one output.
+
+    Attributes:
+        name: in the output.
+        shape: row-major.
+        source_type, type: before and after.
+        nbytes: bytes in the output.
+        note: why the type is not the mix's own, or empty.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    source_type: str
+    type: GgmlType
+    nbytes: int
+    note: str
+
+
+@dataclass(frozen=True, slots=True)
+class TargetPlan:
+    """One output, planned.
+
+    Attributes:
+        target: the mix.
+        tensors: what becomes of each tensor, in file order.
+        out: the same with payloads.
+        unmet: names of tensors that need importance and have none.
+    """
+
+    target: Target
+    tensors: tuple[PlannedTensor, ...]
+    out: tuple[OutTensor, ...]
+    unmet: tuple[str, ...]
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(t.nbytes for t in self.tensors)
+
+    @property
+    def bpw(self) -> float:
+        """Bits per weight, over all tensors."""
+        return 8 * self.data_bytes / max(1, sum(prod(t.shape) for t in self.tensors))
+
+
+def plan_targets(
+    sources: Sequence[SourceTensor],
+    targets: Sequence[Target],
+    facts: ModelFacts,
+    options: RecipeOptions,
+    importance: ImportanceMatrix | None = None,
+    *,
+    allow_requantize: bool = False,
+) -> list[TargetPlan]:
+    """Plan one output per target.
+
+    Args:
+        sources: the model's tensors.
+        targets: what to make.
+        facts: about the model.
+        options: the user's changes to the recipes.
+        importance: measured importance.
+        allow_requantize: whether blocks may be decoded and encoded as other blocks.
+
+    Raises:
+        QuantError: blocks would be requantized without permission, or an impossible type.
+        FormatError: the importance matrix does not fit.
+    """
+    options = replace(options, has_importance=importance is not None)
+    by_name = {s.name: s for s in sources}
+    records = [TensorRecord(s.name, s.values.shape or (1,), s.type) for s in sources]
+    chosen = [choose(records, target, facts, options) for target in targets]
+    for target, choices in zip(targets, chosen, strict=True):
+        if not allow_requantize:
+            _refuse_requantizing(choices, by_name, target)
+    columns = []
+    for row in zip(*chosen, strict=True):  # the choices for one tensor
+        columns.append(_plan_tensor(by_name[row[0].name], row, targets, importance))
+    plans = []
+    for k, (target, choices) in enumerate(zip(targets, chosen, strict=True)):
+        changed = [c for c in choices if c.type != by_name[c.name].type]
+        unmet = unmet_importance(
+            changed,
+            target,
+            lambda name: importance is not None and by_name[name].origin in importance,
+        )
+        column = [row[k] for row in columns]
+        plans.append(
+            TargetPlan(
+                target,
+                tuple(planned for planned, _ in column),
+                tuple(_out(planned, payload) for planned, payload in column),
+                tuple(c.name for c in unmet),
+            )
+        )
+    return plans
+
+
+def require_importance(plan: TargetPlan) -> None:
+    """Refuse a plan that would write garbage.
+
+    Raises:
+        QuantError: names the tensors that need an importance matrix.
+    """
+    if not plan.unmet:
+        return
+    kinds = {t.name: t.type.name for t in plan.tensors}
+    raise QuantError(
+        f"{plan.target.name} needs an importance matrix for {listed(plan.unmet)} "
+        f"(as {kinds[plan.unmet[0]]}): give one with --imatrix, choose a type with more bits "
+        "(Q3_K_S, IQ4_XS, ...), or set --tensor-type for these"
+    )
+
+
+def uncovered(plan: TargetPlan, sources: Sequence[SourceTensor], matrix: ImportanceMatrix) -> str:
+    """Return a warning about tensors that are encoded without importance, or an empty string."""
+    origin = {s.name: s.origin for s in sources}
+    bare = [
+        t.name
+        for t in plan.tensors
+        if t.type.is_quantized
+        and t.source_type != t.type.name
+        and t.name not in _UNMEASURED
+        and origin[t.name] not in matrix
+    ]
+    if not bare:
+        return ""
+    return f"{plan.target.name}: the importance matrix has no entry for {listed(bare)}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return names for a message: the first few and how many more."""
+    more = len(names) - _NAMES_SHOWN
+    shown = ", ".join(names[:_NAMES_SHOWN])
+    return f"{shown} and {more} more tensors" if more > 0 else shown
+
+
+def _refuse_requantizing(
+    choices: Sequence[Choice], sources: dict[str, SourceTensor], target: Target
+) -> None:
+    blocks = [
+        c.name
+        for c in choices
+        if sources[c.name].type.is_quantized
+        and c.type.is_quantized
+        and c.type != sources[c.name].type
+    ]
+    if blocks:
+        raise QuantError(
+            f"{listed(blocks)}: already quantized ({sources[blocks[0]].type.name}), and encoding "
+            f"again as {target.name} loses quality twice: start from the F16, BF16 or F32 model, "
+            "or pass --allow-requantize"
+        )
+
+
+def _plan_tensor(
+    source: SourceTensor,
+    choices: Sequence[Choice],
+    targets: Sequence[Target],
+    importance: ImportanceMatrix | None,
+) -> list[tuple[PlannedTensor, Payload]]:
+    """Plan one tensor for all targets: (description, payload) each."""
+    payloads: list[Payload | None] = []
+    wanted: dict[str, Encoding] = {}
+    encodings: list[Encoding] = []
+    for choice, target in zip(choices, targets, strict=True):
+        kind = choice.type
+        checked = kind.name in _CHECKED and not target.copies
+        if source.stored is not None and kind == source.type and not checked:
+            payloads.append(copied(source.stored))
+            continue
+        if kind.name not in wanted:
+            wanted[kind.name] = Encoding(kind, _importance(source, kind, importance))
+        encodings.append(wanted[kind.name])
+        payloads.append(None)
+    made = iter(encoded(source.values, source.origin, encodings) if encodings else ())
+    done = [payload or next(made) for payload in payloads]
+    return [
+        (
+            PlannedTensor(
+                source.name,
+                source.shape,
+                source.type.name,
+                choice.type,
+                payload.nbytes,
+                choice.note,
+            ),
+            payload,
+        )
+        for choice, payload in zip(choices, done, strict=True)
+    ]
+
+
+def _importance(
+    source: SourceTensor, kind: GgmlType, matrix: ImportanceMatrix | None
+) -> np.ndarray | None:
+    if matrix is None or not kind.is_quantized:
+        return None
+    if source.origin == "token_embd.weight" and source.origin in matrix:
+        values = matrix.entries[source.origin]
+        if values.size != source.values.shape[-1]:
+            return None  # an embedding has no input columns that could be measured
+    return matrix.weights(source.origin, source.shape)
+
+
+def _out(planned: PlannedTensor, payload: Payload) -> OutTensor:
+    spec = TensorSpec(planned.name, planned.shape, planned.type.id, planned.nbytes)
+    return OutTensor(spec, payload)
