@@ -17,7 +17,7 @@ from ..registry import OpenOptions
 from ..stored import plain
 from ..tensor import LazyTensor
 from .combine import Whole, combine
-from .folder import scan
+from .folder import latest, scan
 from .grid import Grid, read_grid
 from .parts import Part
 from .pipeline import hf_names
@@ -54,7 +54,12 @@ def open_folder(root: Path, options: OpenOptions) -> Checkpoint:
         replicas={table[n]: tuple(c) for n, c in part.copies.items()},
         tied={table[a]: table.get(o, o) for a, o in part.tied.items()},
         assets=assets,
-        warnings=(*grid.warnings, *part.warnings, *_without_optimizer(grid)),
+        warnings=(
+            *grid.warnings,
+            *part.warnings,
+            *_without_optimizer(grid),
+            *_unfinished_latest(root),
+        ),  # fmt: skip
     )
 
 
@@ -89,6 +94,17 @@ def _without_optimizer(grid: Grid) -> list[str]:
     return [
         f"no optimizer files, although training ran with ZeRO stage {stage}: weights only "
         "(16-bit, as the model file has them)"
+    ]
+
+
+def _unfinished_latest(root: Path) -> list[str]:
+    """``latest`` is written last: a tag that it names and that is not there was lost since."""
+    tag = latest(root.resolve().parent)
+    if tag is None or (root.resolve().parent / tag).is_dir():
+        return []
+    return [
+        f"{root.parent / 'latest'} names {tag}, which is not there: this is an older save "
+        f"({root.name})"
     ]
 
 

@@ -9,7 +9,6 @@ from typing import Any
 from ...errors import FormatError
 from ..box import Index
 from ..placement import Placement, Replicate, Shard
-from ..stored import plain
 from ..tensor import LazyTensor
 from .affine import Affine
 from .experts import read_experts
@@ -17,6 +16,7 @@ from .fused import Average
 from .grid import Grid
 from .parts import Part, low_stage, stage3
 from .pipeline import stages
+from .states import ModelState, OptimState
 from .tensor_parallel import Rules, merge, read_rules
 
 
@@ -62,10 +62,7 @@ def combine(grid: Grid, config: Mapping[str, Any] | None) -> Whole:
         parts = [_rank(grid, mp) for mp in range(tp)]
     if tp == 1:
         return Whole(parts[0], tp, pp)
-    info = grid.first.fields.plain("universal_checkpoint_info")
-    if info is None and grid.optims[0]:
-        info = grid.optims[0][0].fields.plain("universal_checkpoint_info")
-    return _merged(parts, read_rules(info, str(grid.first.path), _hints(grid, config)), tp, pp)
+    return merged(parts, rules_of(grid.first, grid.optims[0], config), tp, pp)
 
 
 def _rank(grid: Grid, mp: int) -> Part:
@@ -90,16 +87,28 @@ def _sizes(grid: Grid) -> tuple[int, int]:
     return tp, world // tp
 
 
-def _hints(grid: Grid, config: Mapping[str, Any] | None) -> dict[str, Any]:
-    args = plain(grid.first.fields.get("args"))
-    known = dict(args) if isinstance(args, dict) else {}
-    return {
+def rules_of(
+    model: ModelState, optims: Sequence[OptimState] | None, config: Mapping[str, Any] | None
+) -> Rules:
+    """Return how the checkpoint says that it is cut over tensor-parallel ranks."""
+    info = model.fields.plain("universal_checkpoint_info")
+    if info is None and optims:
+        info = optims[0].fields.plain("universal_checkpoint_info")
+    args = model.fields.plain("args")
+    known = args if isinstance(args, dict) else {}
+    hints = {
         "vocab_size": (config or {}).get("vocab_size", known.get("padded_vocab_size")),
         "swiglu": bool(known.get("swiglu")),
     }
+    return read_rules(info, str(model.path), hints)
 
 
-def _merged(parts: Sequence[Part], rules: Rules, tp: int, pp: int) -> Whole:
+def merged(parts: Sequence[Part], rules: Rules, tp: int, pp: int) -> Whole:
+    """Merge tensor-parallel ranks.
+
+    Raises:
+        FormatError, LayoutError, UnsupportedError: parts that do not fit together.
+    """
     first = parts[0]
     for k, p in enumerate(parts):
         if p.weights.keys() != first.weights.keys():

@@ -31,6 +31,7 @@ _KINDS = (
 _PATTERNS = tuple((kind, re.compile(rf"^{pattern}\.pt$")) for kind, pattern in _KINDS)
 _UNFINISHED = (".tmp", ".temp", ".part", ".partial", ".incomplete", ".swp~")
 _NAMES_SHOWN = 8
+_MAX_TAG = 255
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,17 @@ def is_tag_folder(path: Path) -> bool:
             return any(member(e.name) is not None and e.is_file() for e in entries)
     except OSError:
         return False
+
+
+def latest(save_folder: Path) -> str | None:
+    """Return the tag that a save folder's ``latest`` file names, or None. Never raises."""
+    try:
+        with (save_folder / "latest").open("rb") as file:
+            tag = file.read(_MAX_TAG + 1).decode("utf-8", "replace").strip()
+    except OSError:
+        return None
+    fine = tag and len(tag) <= _MAX_TAG and not set(tag) & set("/\\\0\n") and tag not in (".", "..")
+    return tag if fine else None
 
 
 def scan(path: Path) -> Folder:

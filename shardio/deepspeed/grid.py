@@ -19,6 +19,7 @@ from .states import ModelState, OptimState, read_model, read_optim, same_step
 
 T = TypeVar("T")
 _THREADS = 8
+_READ_ALL = 16  # model files of a stage 3 world that are read even if they only repeat rank 0
 _RANK = re.compile(r"^(.*zero_pp_rank_)(\d+)(_mp_rank_)(\d+)(.*)$")
 
 
@@ -126,8 +127,18 @@ def _sharded_models(folder: Folder, warnings: list[str]) -> tuple[tuple[ModelSta
         names = [f"zero_pp_rank_{dp}_mp_rank_{mp:02d}_model_states.pt" for dp in range(count or 1)]
         present = [folder.shards[dp, mp].name for dp in ranks]
         missing(folder, names, present, f"the optimizer is cut over {count} ranks")
-        found.append(tuple(read_all([folder.shards[dp, mp] for dp in ranks], read_model)))
+        found.append(_needed([folder.shards[dp, mp] for dp in ranks]))
     return tuple(found)
+
+
+def _needed(paths: list[Path]) -> tuple[ModelState, ...]:
+    """Open the model files of a stage 3 rank: all of them in a small world, or when parameters are
+    frozen. Otherwise only the first one says anything that the optimizer files do not.
+    """
+    first = read_model(paths[0])
+    if len(paths) > _READ_ALL and not first.frozen:
+        return first, *read_all(paths[-1:], read_model)
+    return first, *read_all(paths[1:], read_model)
 
 
 def _partitions(folder: Folder, mp: int) -> int | None:

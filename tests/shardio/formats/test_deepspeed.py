@@ -16,6 +16,7 @@ import pytest
 from mconv.errors import FormatError, MconvError
 from mconv.shardio.agreement import check_master_agreement
 from mconv.shardio.checkpoint import Checkpoint
+from mconv.shardio.compare import check_replicas
 from mconv.shardio.coverage import prove
 from mconv.shardio.registry import open_checkpoint
 from safetensors.numpy import load_file
@@ -106,6 +107,53 @@ def test_equals_truth(base: Path, case: str) -> None:
 @pytest.mark.parametrize("sample", [None, 2])
 def test_masters_agree(base: Path, case: str, sample: int | None) -> None:
     assert check_master_agreement(open_checkpoint(base / case / "ckpt"), sample=sample) == []
+
+
+@pytest.mark.parametrize(
+    "case", ["autotp2_dp2_z1_bf16", "pp2_tp2_dp2_z1_meg", "z1_dp2_bf16", "z3_dp2_bf16"]
+)
+def test_universal_equals_truth(base: Path, case: str) -> None:
+    ckpt = open_checkpoint(base / case / "universal")
+    assert ckpt.format == "deepspeed-universal"
+    assert ckpt.step == 3
+    truth = truth_of(base / case)
+    check_optimizer(ckpt, truth)
+    assert set(ckpt.weights) == {k[5:] for k in truth if k.startswith("fp32/")}
+    prove(ckpt.weights)
+
+
+def test_universal_without_a_parameter(base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "global_step3"
+    shutil.copytree(base / "z3_dp2_bf16" / "universal" / "global_step3", folder)
+    shutil.rmtree(folder / "zero" / "lm_head.weight")
+    refuse(folder, "zero/lm_head.weight/fp32.pt")
+    (folder / "zero" / "model.norm.weight" / "exp_avg.pt").unlink()
+    refuse(folder, "missing")
+
+
+@pytest.mark.parametrize("case", ["pp2_dp2_z1_bf16"])
+def test_pipeline_gives_hf_names(base: Path, case: str) -> None:
+    ckpt = open_checkpoint(base / case / "ckpt")
+    layers = json.loads((base / case / "truth.json").read_text())["layer_to_hf"]
+    names = ckpt.args["hf_names"]
+    assert set(names) == set(ckpt.weights)
+    for name, hf in names.items():
+        layer, _, rest = name.partition(".")
+        assert hf == f"{layers[layer]}.{rest}"
+
+
+def test_meshes_are_described(base: Path) -> None:
+    ckpt = open_checkpoint(base / "autotp2_dp2_z1_bf16" / "ckpt")
+    assert ckpt.layout.sizes() == {"tp": 2, "dp": 2, "zero_stage": 1}
+    assert str(ckpt.placements["model.layers.0.self_attn.o_proj.weight"]["tp"]) == "Shard(1)"
+    assert str(ckpt.placements["model.layers.0.self_attn.q_proj.weight"]["tp"]) == "Shard(0)"
+    assert str(ckpt.placements["model.norm.weight"]["tp"]) == "Replicate"
+    assert len(ckpt.replicas["model.norm.weight"]) == 1
+    check_replicas(ckpt.weights, ckpt.replicas)
+    meg = open_checkpoint(base / "pp2_tp2_dp2_z1_meg" / "ckpt")
+    assert meg.layout.sizes() == {"tp": 2, "pp": 2, "dp": 2, "zero_stage": 1}
+    assert meg.weights["0.word_embeddings.weight"].shape == (147, 32)
+    assert any("147" in w for w in meg.warnings)
 
 
 def test_no_framework_is_imported(base: Path) -> None:
