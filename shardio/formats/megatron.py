@@ -26,7 +26,7 @@ from ..megatron.merge import (
     layer_offsets,
 )
 from ..megatron.names import canonical, expert_of, tensors_of
-from ..megatron.optimizer import read_optimizer
+from ..megatron.optimizer import read_optimizer, with_masters
 from ..megatron.ranks import (
     MODEL_FILES,
     TRACKER,
@@ -98,6 +98,8 @@ def open_legacy(root: Path, options: OpenOptions) -> Checkpoint:
     )
     held = collect(parts, world)
     whole = assemble(held, world)
+    if not whole.tensors:
+        raise FormatError(f"{files[0].path}: its model holds no tensors")
     states = read_optimizer(files, parts, world)
     config, assets = model_files(root, options)
     step = files[0].root.get("iteration")
@@ -107,7 +109,7 @@ def open_legacy(root: Path, options: OpenOptions) -> Checkpoint:
         version=_version(files[0]),
         naming="megatron",
         weights=whole.tensors,
-        optimizer=states.tensors,
+        optimizer=with_masters(states.tensors, whole.tensors),
         step=step if isinstance(step, int) else None,
         config=config,
         args=args,

@@ -20,6 +20,7 @@ from ..layout import Layout
 from ..megatron.container import COMMON, MARK, Container, backend_of, open_container
 from ..megatron.dist_optimizer import OPTIMIZER, read_optimizer
 from ..megatron.merge import EMBEDDING, HEAD
+from ..megatron.optimizer import with_masters
 from ..megatron.ranks import TRACKER
 from ..megatron.settings import Sizes, number, parallel_sizes, plain_args
 from ..megatron.stacked import unstack
@@ -84,7 +85,7 @@ def open_dist(root: Path, options: OpenOptions) -> Checkpoint:
         version=backend,
         naming="megatron",
         weights=weights,
-        optimizer=states.tensors,
+        optimizer=with_masters(states.tensors, weights),
         step=step if isinstance(step, int) else None,
         config=config,
         args=args,

@@ -212,6 +212,7 @@ def assemble(held: Held, world: World) -> Whole:
     if world.tied and EMBEDDING in whole.tensors and HEAD in whole.tensors:
         head = whole.tensors.pop(HEAD)
         copies_of_head = whole.replicas.pop(HEAD, ())
+        whole.placements.pop(HEAD, None)
         whole.replicas[EMBEDDING] = (*whole.replicas.get(EMBEDDING, ()), head, *copies_of_head)
     return whole
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
+
 from ...errors import UnsupportedError
 from ..records import StoredTensor
 from ..source import FileSource
@@ -77,6 +79,18 @@ def read_optimizer(files: Sequence[RankFile], parts: Sequence[RankPart], world: 
         state: assemble(collect(rank, world), world).tensors for state, rank in ranked.items()
     }
     return Optimizer(merged, scalars)
+
+
+def with_masters(
+    states: Mapping[str, Mapping[str, LazyTensor]], weights: Mapping[str, LazyTensor]
+) -> dict[str, Mapping[str, LazyTensor]]:
+    """Return the states, the weights themselves standing in for masters of fp32 parameters."""
+    moments = states.get("exp_avg", {})
+    masters = dict(states.get("master", {}))
+    for name in moments:
+        if name not in masters and name in weights and weights[name].dtype == np.float32:
+            masters[name] = weights[name]
+    return {**states, "master": masters} if masters else dict(states)
 
 
 def _per_chunk(chunks: Sequence[RankPart], tensors: Mapping[str, LazyTensor]) -> Iterator[RankPart]:
