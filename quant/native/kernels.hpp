@@ -43,9 +43,7 @@ struct Isa {
 };
 
 const Isa& isa_generic();
-#if defined(__x86_64__)
-const Isa& isa_avx2();
-const Isa& isa_avx512();
-#endif
+const Isa& isa_avx2();    // where MCONV_WITH_AVX2 is defined
+const Isa& isa_avx512();  // where MCONV_WITH_AVX512 is defined
 
 }  // namespace mconv

@@ -24,21 +24,8 @@ using FloatsOut = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>
 
 using Points = nb::ndarray<const uint16_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
-static std::vector<const Isa*> available() {
-    std::vector<const Isa*> found;
-#if defined(__x86_64__)
-    for (const Isa* isa : {&isa_avx512(), &isa_avx2()})
-        if (isa->runs_here()) found.push_back(isa);
-#endif
-    found.push_back(&isa_generic());
-    return found;
-}
-
 static const Isa& choose(const std::optional<std::string>& name) {
-    if (!name) {
-        static const Isa& best = best_isa();
-        return best;
-    }
+    if (!name) return best_isa();
     for (const Isa* isa : available())
         if (isa->name == *name) return *isa;
     throw std::invalid_argument("this processor has no instruction set called " + *name);

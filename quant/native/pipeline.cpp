@@ -55,12 +55,21 @@ int cast_chunk(const Casts& cast, int type, int input, const void* from, int64_t
 
 }  // namespace
 
-const Isa& best_isa() {
-#if defined(__x86_64__)
-    for (const Isa* isa : {&isa_avx512(), &isa_avx2()})
-        if (isa->runs_here()) return *isa;
+std::vector<const Isa*> available() {
+    std::vector<const Isa*> found;
+#if defined(MCONV_WITH_AVX512)
+    if (isa_avx512().runs_here()) found.push_back(&isa_avx512());
 #endif
-    return isa_generic();
+#if defined(MCONV_WITH_AVX2)
+    if (isa_avx2().runs_here()) found.push_back(&isa_avx2());
+#endif
+    found.push_back(&isa_generic());
+    return found;
+}
+
+const Isa& best_isa() {
+    static const Isa& best = *available().front();
+    return best;
 }
 
 const Format* find_format(const Isa& isa, int type) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "kernels.hpp"
 
@@ -20,6 +21,8 @@ struct Request {
     int threads;
 };
 
+// The instruction sets that were compiled in and run on this processor, best first.
+std::vector<const Isa*> available();
 const Isa& best_isa();
 const Format* find_format(const Isa& isa, int type);
 bool is_float_type(int type);
