@@ -19,6 +19,7 @@ from typing import Any
 from ...errors import FormatError
 from ..box import Index, row_major
 from ..checkpoint import Checkpoint
+from ..chunk_union import unite
 from ..chunked import Chunk, Chunked
 from ..coverage import prove
 from ..layout import Layout
@@ -60,8 +61,8 @@ def open_hf_dcp(root: Path, options: OpenOptions) -> Checkpoint:
     for path, header in headers.items():
         for piece in _pieces(path, header):
             pieces.setdefault(piece.name, []).append(piece)
-    tensors = {name: _join(name, parts) for name, parts in pieces.items()}
-    copies = {name: _copies(parts, tensors[name]) for name, parts in pieces.items()}
+    joined = {name: _join(name, parts) for name, parts in pieces.items()}
+    tensors = {name: whole for name, (whole, _) in joined.items()}
     paths = guess_paths(tensors)
     tree = examine(nest({paths[n]: t for n, t in tensors.items()}))
     origin = {id(t): n for n, t in tensors.items()}
@@ -74,7 +75,7 @@ def open_hf_dcp(root: Path, options: OpenOptions) -> Checkpoint:
         version=next(iter(headers.values())).metadata.get("DCP_VERSION"),
         layout=_layout(tensors.values()),
         placements={n: p for n, key in keys.items() if (p := _placement(tensors[key]))},
-        replicas={n: copies[key] for n, key in keys.items()},
+        replicas={n: joined[key][1] for n, key in keys.items()},
         warnings=_doubts(root, files),
     )
     prove(checkpoint.weights, root)
@@ -156,7 +157,8 @@ def _pieces(path: Path, header: Header) -> Iterable[_Piece]:
         yield _Piece(name, tuple(place), entry, source)
 
 
-def _join(name: str, parts: list[_Piece]) -> Chunked:
+def _join(name: str, parts: list[_Piece]) -> tuple[Chunked, tuple[Chunked, ...]]:
+    """Return the tensor, and copies where several ranks saved the same pieces."""
     first = parts[0]
     for p in parts:
         if p.entry.dtype != first.entry.dtype or len(p.lo) != len(first.lo):
@@ -165,21 +167,8 @@ def _join(name: str, parts: list[_Piece]) -> Chunked:
                 f"{first.source.path} {first.entry.dtype} with {len(first.lo)}"
             )
     shape = tuple(max(p.hi[d] for p in parts) for d in range(len(first.lo)))
-    unique = {(p.lo, p.hi): p for p in reversed(parts) if 0 not in p.entry.shape}
-    chunks = [p.chunk() for _, p in sorted(unique.items())]
-    return Chunked(shape, first.entry.dtype, chunks)
-
-
-def _copies(parts: list[_Piece], whole: Chunked) -> tuple[LazyTensor, ...]:
-    """Whole tensors made of what further ranks saved of the same pieces."""
-    by_box: dict[tuple[Index, Index], list[Chunk]] = {}
-    for p in parts:
-        by_box.setdefault((p.lo, p.hi), []).append(p.chunk())
-    count = max(len(chunks) for chunks in by_box.values())
-    rounds = (
-        [(by_box[c.lo, c.hi][k : k + 1] or [c])[0] for c in whole.chunks] for k in range(1, count)
-    )
-    return tuple(Chunked(whole.shape, whole.dtype, chunks) for chunks in rounds)
+    chunks = [p.chunk() for p in parts if 0 not in p.entry.shape]
+    return unite(shape, first.entry.dtype, chunks)
 
 
 def _layout(tensors: Iterable[Chunked]) -> Layout:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ...errors import FormatError, UnsupportedError
 from ..checkpoint import Checkpoint
+from ..dtensor import is_sharded
 from ..records import Record, StoredTensor
 from ..registry import Format, OpenOptions
 from ..state_checkpoint import build_checkpoint
@@ -28,7 +29,6 @@ _OTHER = re.compile(
     re.IGNORECASE,
 )
 _OPTIMIZERS = ("optimizer.bin", "optimizer.pt", "optim.pt", "optimizer.pth")
-_SHARDED = ("DTensor", "ShardedTensor")
 
 
 def detect(path: Path) -> Path | None:
@@ -80,11 +80,6 @@ def open_torch_save(path: Path, options: OpenOptions) -> Checkpoint:
     if isinstance(root, Record):
         notes.append(f"a whole pickled module ({root.name}), read as its parameters and buffers")
     return build_checkpoint(path, "torch_save", found, options, warnings=notes)
-
-
-def is_sharded(value: object) -> bool:
-    """Whether an unpickled value is one rank's part of a tensor."""
-    return type(value) is Record and value.name.rpartition(".")[2] in _SHARDED
 
 
 def module_state(module: Record, prefix: str = "", depth: int = 0) -> dict[object, object]:
