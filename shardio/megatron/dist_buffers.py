@@ -118,23 +118,22 @@ def _layers(args: Mapping[str, object], sizes: Sizes) -> dict[tuple[int, int], r
     total, chunks = sizes.layers or 0, sizes.pp * sizes.vpp
     first = number(args, "decoder_first_pipeline_num_layers")
     last = number(args, "decoder_last_pipeline_num_layers")
-    unusual = (
-        "pipeline_model_parallel_layout",
-        "account_for_embedding_in_pipeline_split",
-        "account_for_loss_in_pipeline_split",
-    )
-    if any(args.get(key) for key in unusual):
+    if args.get("pipeline_model_parallel_layout"):
         raise UnsupportedError("flat buffers with a custom pipeline layout")
     if first is None and last is None:
-        counts = [total // chunks] * chunks
+        # embedding and loss may each count as a layer of the first and last chunk
+        ends = [bool(args.get(f"account_for_{x}_in_pipeline_split")) for x in ("embedding", "loss")]
+        counts = [(total + sum(ends)) // chunks] * chunks
+        counts[0] -= ends[0]
+        counts[-1] -= ends[1]
     elif sizes.vpp > 1:
         raise UnsupportedError("flat buffers with uneven virtual pipeline stages")
     else:
-        ends = (first is not None) + (last is not None)
-        middle = (total - (first or 0) - (last or 0)) // max(1, chunks - ends)
+        given = (first is not None) + (last is not None)
+        middle = (total - (first or 0) - (last or 0)) // max(1, chunks - given)
         counts = [middle] * chunks
-        counts[0] = counts[0] if first is None else first
-        counts[-1] = counts[-1] if last is None else last
+        counts[0] = middle if first is None else first
+        counts[-1] = middle if last is None else last
     if sum(counts) != total:
         raise UnsupportedError(f"{total} layers do not divide over the pipeline stages")
     out, at = {}, 0
