@@ -59,7 +59,7 @@ def open_folder(root: Path, options: OpenOptions) -> Checkpoint:
             *part.warnings,
             *_without_optimizer(grid),
             *_unfinished_latest(root),
-        ),  # fmt: skip
+        ),
     )
 
 

@@ -125,6 +125,8 @@ def merged(parts: Sequence[Part], rules: Rules, tp: int, pp: int) -> Whole:
         }
     for name in first.weights:
         tensor, placement = _tensor(name, [p.weights[name] for p in parts], rules)
+        if first.weights[name] is first.optimizer.get("master", {}).get(name):  # stage 3
+            tensor = whole.part.optimizer["master"][name]
         whole.part.weights[name] = tensor
         whole.placements[name] = placement
         _note(whole, name, [p.weights[name] for p in parts], rules)

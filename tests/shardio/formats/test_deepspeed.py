@@ -5,9 +5,12 @@ of breaking a checkpoint that must be refused.
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import struct
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from mconv.shardio.agreement import check_master_agreement
 from mconv.shardio.checkpoint import Checkpoint
 from mconv.shardio.compare import check_replicas
 from mconv.shardio.coverage import prove
+from mconv.shardio.formats import deepspeed
 from mconv.shardio.registry import open_checkpoint
 from safetensors.numpy import load_file
 
@@ -282,6 +286,90 @@ def test_foreign_rank_of_the_same_world(copy: Callable[[str], Path]) -> None:
     shutil.copy(copy("z1_dp2_bf16opt") / name, folder / name)
     with pytest.raises(FormatError, match=r"mixed|another model"):
         open_checkpoint(folder)
+
+
+def edit(path: Path, change: Callable[[str, bytes], bytes]) -> None:
+    """Rewrite a torch.save file, entry by entry, with correct checksums."""
+    with zipfile.ZipFile(path) as old:
+        entries = [(i.filename, change(i.filename, old.read(i))) for i in old.infolist()]
+    with zipfile.ZipFile(path, "w") as new:
+        for name, data in entries:
+            new.writestr(name, data)
+
+
+def next_step(path: Path) -> None:
+    """Give a rank file the counters of step 4."""
+
+    def change(name: str, data: bytes) -> bytes:
+        if name.endswith("data.pkl"):
+            return re.sub(
+                rb"(global_steps(?:q.|r....))K\x03",
+                lambda m: m[1] + b"K\x04",
+                data,
+                flags=re.DOTALL,
+            )
+        return struct.pack("<f", 4) if data == struct.pack("<f", 3) else data
+
+    edit(path, change)
+
+
+@pytest.mark.parametrize(
+    ("case", "pattern"),
+    [
+        ("z1_dp2_bf16", "*rank_1_*optim*"),
+        ("z3_dp2_bf16", "*rank_1_*optim*"),
+        ("z3_dp2_bf16", "*rank_1_*model*"),
+        ("pp2_dp2_z1_bf16", "mp_rank_01_model*"),
+        ("pp2_tp2_dp2_z1_meg", "*rank_1_mp_rank_03_optim*"),
+    ],
+)
+def test_mixed_steps(copy: Callable[[str], Path], case: str, pattern: str) -> None:
+    folder = copy(case)
+    victim = next(folder.glob(pattern))
+    next_step(victim)
+    refuse(folder, victim.name, "step 4", "mixed")
+
+
+def test_optimizer_of_another_step_is_noticed(copy: Callable[[str], Path]) -> None:
+    folder = copy("z1_dp2_bf16")
+    next_step(folder / "mp_rank_00_model_states.pt")
+    assert any("step 3, the model at 4" in w for w in open_checkpoint(folder).warnings)
+
+
+def test_disagreement_is_found_by_a_few_rows(copy: Callable[[str], Path]) -> None:
+    """Two partitions exchanged inside files that are otherwise in order: only values tell."""
+    folder = copy("z2_dp2_fp16")
+    first, second = sorted(folder.glob("*optim*"))
+    with zipfile.ZipFile(first) as a, zipfile.ZipFile(second) as b:
+        big = [
+            {i.filename.split("/", 1)[1]: f.read(i) for i in f.infolist() if i.file_size > 10_000}
+            for f in (a, b)
+        ]
+    edit(first, lambda n, d: big[1].get(n.split("/", 1)[1], d))
+    edit(second, lambda n, d: big[0].get(n.split("/", 1)[1], d))
+    flaws = check_master_agreement(open_checkpoint(folder), sample=2)
+    assert len(flaws) > 20
+    assert "rounded to float16" in flaws[0].problem
+
+
+def test_save_that_latest_names_is_gone(copy: Callable[[str], Path]) -> None:
+    folder = copy("z2_dp2_fp16")
+    (folder.parent / "latest").write_text("global_step9")
+    ckpt = open_checkpoint(folder.parent)
+    assert ckpt.path == folder
+    assert any("names global_step9" in w for w in ckpt.warnings)
+
+
+def test_trainer_folder_prefers_the_training_state(copy: Callable[[str], Path]) -> None:
+    folder = copy("z3_dp2_bf16", "global_step3").parent
+    (folder / "latest").write_text("global_step3")
+    (folder / "rng_state_0.pth").write_bytes((folder / "latest").read_bytes())
+    assert open_checkpoint(folder).format == "deepspeed"
+
+
+def test_foreign_latest_is_no_deepspeed(tmp_path: Path) -> None:
+    (tmp_path / "latest").write_text("../elsewhere")
+    assert deepspeed.FORMAT.detect(tmp_path) is None
 
 
 def test_empty_file(copy: Callable[[str], Path]) -> None:
