@@ -82,7 +82,7 @@ class ItemSource:
         """
         start = offset - self._item.offset
         if self._item.transforms:
-            spill = _SPILLS.get((self.path, self._item), lambda: self._unpack())
+            spill = _SPILLS.get((self.path, self._item), self._unpack)
             spill.readinto(start, buffer)
             return
         found = self._resolve()

@@ -187,13 +187,14 @@ class _Parser:
                 self.fail(f"object {key!r} has no item in storage_data")
         planner = root.fields.get("planner_data")
         paths = planner if type(planner) is dict else {}
+        paths = {k: v for k, v in paths.items() if type(k) is str and _is_path(v)}
         version = root.fields.get("version")
         return DcpMetadata(
             folder=self.folder,
             version=version if type(version) is str else None,
             tensors=tensors,
             objects=objects,
-            paths={k: v for k, v in paths.items() if type(k) is str and type(v) is tuple and v},
+            paths=paths,
             files=tuple(self.files),
             extra={k: v for k, v in root.fields.items() if k not in _FIELDS},
         )
@@ -264,6 +265,10 @@ def _is_size(value: object) -> bool:
 
 def _are_sizes(value: object) -> bool:
     return type(value) is tuple and all(type(n) is int and 0 <= n < 2**63 for n in value)
+
+
+def _is_path(value: object) -> bool:
+    return type(value) is tuple and bool(value) and all(type(p) in (str, int) for p in value)
 
 
 def _is_inside(file: str) -> bool:

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import FormatError, UnsupportedError
-from .assets import around, find_assets, load_config
+from ..errors import ConfigError, FormatError, UnsupportedError
+from .assets import CONFIG, around, find_assets, load_config, load_json
 from .checkpoint import Checkpoint
 from .layout import Layout
 from .names import stripped
@@ -26,6 +26,7 @@ from .tensor import LazyTensor
 _EMBEDDINGS = ("model.embed_tokens.weight", "transformer.wte.weight", "embed_tokens.weight")
 _SCHEDULES = ("scheduler", "lr_sched", "scaler")
 _HEAD = "lm_head.weight"
+_MAX_DEPTH = 40
 
 
 class LateMapping(Mapping[str, Any]):
@@ -124,17 +125,12 @@ def model_files(
         given = options.config
         folders.insert(0, given if given.is_dir() else given.parent)
     assets = find_assets(folders)
-    if options.config is not None and options.config.is_file():
-        assets = (options.config, *(a for a in assets if a.name != options.config.name))
-        return load_config([options.config]) or _any_name(options.config), assets
-    return load_config(assets), assets
-
-
-def _any_name(path: Path) -> Mapping[str, Any] | None:
-    from .assets import load_json
-
-    found = load_json(path)
-    return found if isinstance(found, dict) else None
+    if options.config is None or options.config.is_dir():
+        return load_config(assets), assets
+    config = load_json(options.config)
+    if not isinstance(config, dict):
+        raise ConfigError(f"{options.config}: expected a JSON object")
+    return config, (options.config, *(a for a in assets if a.name != CONFIG))
 
 
 def as_lazy(leaf: Leaf) -> LazyTensor:
@@ -272,11 +268,13 @@ def value_of(leaf: object) -> Any:
     return plain(leaf)
 
 
-def _values(node: object) -> Any:
+def _values(node: object, depth: int = 0) -> Any:
+    if depth > _MAX_DEPTH:
+        return "<left out: nested too deeply>"
     if isinstance(node, Mapping):
-        return {str(k): _values(v) for k, v in node.items()}
+        return {str(k): _values(v, depth + 1) for k, v in node.items()}
     if isinstance(node, (list, tuple)):
-        return [_values(v) for v in node]
+        return [_values(v, depth + 1) for v in node]
     return value_of(node)
 
 

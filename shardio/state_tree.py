@@ -43,6 +43,7 @@ _NOT_WEIGHTS = frozenset((*_COUNTERS, "epoch", "best_loss", "loss"))
 OPTIMIZER_ROOTS = ("optim", "optimizer")
 _OTHER_ROOTS = ("train_state", "lr_scheduler", "dataloader")
 _MAX_DEPTH = 6
+_MAX_PATH = 32
 _MAX_LIST = 64
 
 
@@ -95,12 +96,13 @@ def is_tensor(value: object) -> bool:
 def nest(flat: Mapping[KeyPath, object]) -> dict[object, object]:
     """Return the nested dict of values by path (lists become dicts keyed by index).
 
-    A path that runs through another value is kept whole, joined with dots, in the root.
+    A path that runs through another value, or is absurdly long, is joined with dots and kept in the
+    root.
     """
     root: dict[object, object] = {}
     for path, value in flat.items():
-        node: Any = root
-        for key in path[:-1]:
+        node: Any = root if len(path) <= _MAX_PATH else None
+        for key in path[:-1] if node is not None else ():
             node = node.setdefault(key, {}) if isinstance(node, dict) else None
         if isinstance(node, dict) and path[-1] not in node:
             node[path[-1]] = value

@@ -28,7 +28,7 @@ from ..registry import Format, OpenOptions
 from ..source import FileSource
 from ..state_checkpoint import as_lazy, build_checkpoint
 from ..state_naming import name_parameters
-from ..state_tree import OptimizerTree, StateTree, examine
+from ..state_tree import KeyPath, OptimizerTree, StateTree, dotted, examine
 from ..tensor import LazyTensor
 from ..torchfile import open_torch_file
 
@@ -38,6 +38,7 @@ _RANK_FILE = re.compile(
 )
 _NOT_MODEL = re.compile(r"^(?:optim|extra_state|rng|sched|random|dataloader|scaler|.*zero_pp)")
 _THREADS = 4
+_MAX_DEPTH = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,12 +164,14 @@ def _rank_tree(path: Path, rank: int, optimizer: bool) -> StateTree:
     return tree
 
 
-def _localize(node: object, path: Path, rank: int, source: FileSource, name: str = "") -> object:
+def _localize(node: object, path: Path, rank: int, source: FileSource, at: KeyPath = ()) -> object:
     """Replace distributed tensors by whole shapes that have this rank's chunks only."""
+    if len(at) > _MAX_DEPTH:
+        return node
     if isinstance(node, dict):
-        return {k: _localize(v, path, rank, source, f"{name}.{k}") for k, v in node.items()}
+        return {k: _localize(v, path, rank, source, (*at, k)) for k, v in node.items()}
     if isinstance(node, (list, tuple)) and any(isinstance(v, (dict, Record)) for v in node):
-        return [_localize(v, path, rank, source, f"{name}.{k}") for k, v in enumerate(node)]
+        return [_localize(v, path, rank, source, (*at, k)) for k, v in enumerate(node)]
     if type(node) is Record and is_sharded(node):
         writer = writer_rank(node)
         if writer is not None and writer != rank:
@@ -176,7 +179,7 @@ def _localize(node: object, path: Path, rank: int, source: FileSource, name: str
                 f"{path}: was written by rank {writer}, but its name says rank {rank}: files were "
                 "swapped or renamed"
             )
-        return local_part(node, name.lstrip("."), source)
+        return local_part(node, dotted(at), source)
     return node
 
 
