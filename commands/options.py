@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -109,8 +110,8 @@ def limits(max_memory: int, threads: int | None) -> Limits:
 
 @contextmanager
 def progress_bar(label: str, *, shown: bool) -> Iterator[Progress | None]:
-    """Show bytes done, rate and time left on stderr while the block runs."""
-    if not shown:
+    """Show bytes done, rate and time left while the block runs, when stderr is a terminal."""
+    if not shown or not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console

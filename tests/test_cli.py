@@ -1,0 +1,101 @@
+"""The command line: exit codes, JSON, quiet, one clear error, nothing written on refusal."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def mconv(*args: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "mconv", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def zero3(fixtures_dir: Path) -> Path:
+    return fixtures_dir / "deepspeed/z3_dp2_bf16/ckpt"
+
+
+def test_help_lists_the_commands_without_importing_them() -> None:
+    out = mconv("--help")
+    assert out.returncode == 0
+    for name in ("inspect", "reshard", "to-gguf", "quantize", "diff"):
+        assert name in out.stdout
+
+
+@pytest.mark.parametrize("command", ["inspect", "reshard", "to-gguf", "quantize", "diff"])
+def test_every_command_has_help(command: str) -> None:
+    out = mconv(command, "--help")
+    assert out.returncode == 0, out.stderr
+    assert "Usage: mconv" in out.stdout
+
+
+def test_inspect_tells_people_and_programs(zero3: Path) -> None:
+    text = mconv("inspect", zero3)
+    assert text.returncode == 0, text.stderr
+    assert "zero_stage=3" in text.stdout
+    assert "whole" in text.stdout
+    data = json.loads(mconv("inspect", zero3, "--json").stdout)
+    assert data["format"] == "deepspeed"
+    assert data["layout"] == {"dp": 2, "zero_stage": 3}
+    assert data["whole"] is True
+    assert data["parameters"] == sum(_size(t["shape"]) for t in data["tensors"])
+
+
+def _size(shape: list[int]) -> int:
+    size = 1
+    for n in shape:
+        size *= n
+    return size
+
+
+def test_reshard_and_diff(zero3: Path, tmp_path: Path) -> None:
+    out = mconv("reshard", zero3, tmp_path / "hf", "--with-optimizer")
+    assert out.returncode == 0, out.stderr
+    assert "wrote" in out.stdout
+    assert mconv("diff", zero3, tmp_path / "hf", "--with-optimizer").returncode == 0
+    small = mconv("reshard", zero3, tmp_path / "bf16", "--dtype", "bf16", "--json")
+    assert json.loads(small.stdout)["tensors"] == 30
+    different = mconv("diff", zero3, tmp_path / "bf16")
+    assert different.returncode == 1
+    assert "max rel" in different.stdout
+    assert mconv("diff", zero3, tmp_path / "bf16", "--tolerance", "0.01").returncode == 0
+
+
+def test_quiet_prints_nothing(zero3: Path, tmp_path: Path) -> None:
+    out = mconv("reshard", zero3, tmp_path / "hf", "-q")
+    assert (out.returncode, out.stdout, out.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["inspect", "ABSENT"], "no such file or folder"),
+        (["reshard", "ZERO3", "OUT", "--to", "hff"], "did you mean 'hf'"),
+        (["reshard", "ZERO3", "OUT", "--dtype", "bf61"], "did you mean"),
+        (["reshard", "ZERO3", "OUT", "--max-shard-size", "5XB"], "not a size"),
+        (["reshard", "ZERO3", "OUT", "--format", "deepsped"], "did you mean 'deepspeed'"),
+        (["to-gguf", "ZERO3", "OUT", "--type", "q9_0"], "q9_0"),
+        (["reshad", "ZERO3", "OUT"], "did you mean 'reshard'"),
+        (["reshard", "ZERO3"], "Missing argument"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else None,
+)
+def test_bad_input_is_one_error_and_exit_code_2(
+    zero3: Path, tmp_path: Path, args: list[str], message: str
+) -> None:
+    names = {"ZERO3": zero3, "OUT": tmp_path / "out", "ABSENT": tmp_path / "absent"}
+    out = mconv(*(names.get(a, a) for a in args))
+    assert out.returncode == 2
+    assert message in out.stderr
+    assert "Traceback" not in out.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    out = mconv("--debug", "inspect", tmp_path / "absent")
+    assert "Traceback" in out.stderr
