@@ -60,7 +60,7 @@ def main() -> int:
             folder = Path(scratch) / name
             save(tiny, name, folder)
             for kind in options.types:
-                failed += compare(Path(source), tiny, name, folder, kind)
+                failed += compare(Path(source), name, folder, kind)
     return 1 if failed else 0
 
 
@@ -83,7 +83,7 @@ def save(tiny: ModuleType, name: str, folder: Path) -> None:
     tiny.save_model(name, folder, size)
 
 
-def compare(source: Path, tiny: ModuleType, name: str, folder: Path, kind: str) -> int:
+def compare(source: Path, name: str, folder: Path, kind: str) -> int:
     """Convert with both, print a row, return 1 on a difference."""
     theirs, ours = folder.parent / f"{name}-theirs.gguf", folder.parent / f"{name}-ours.gguf"
     script = [sys.executable, str(source / "convert_hf_to_gguf.py"), str(folder)]
@@ -95,7 +95,7 @@ def compare(source: Path, tiny: ModuleType, name: str, folder: Path, kind: str) 
     if run.returncode:
         print(f"{name:18} {kind:5} llama.cpp's converter failed:\n{run.stderr.decode()[-2000:]}")
         return 1
-    to_gguf(tiny.checkpoint(folder), ours, kind, force=True)
+    to_gguf(folder, ours, kind, force=True)
     end = time.perf_counter()
     a, b = open_gguf(theirs), open_gguf(ours)
     keys, tensors = different_keys(a, b), different_tensors(a, b)

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from mconv.convert.gguf import open_gguf
-from mconv.shardio import Checkpoint, LazyTensor, from_array
-from mconv.shardio.assets import find_assets, load_config
 
 CUT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 DEEPSEEK_LETTERS = (
@@ -97,7 +95,7 @@ def bpe_document(path: Path, keep: int | None = None) -> dict[str, Any]:
             "single_word": False,
             "lstrip": False,
             "rstrip": False,
-            "normalized": False,
+            "normalized": kind == 4,
             "special": kind == 3,
         }
         for t, kind in extra
@@ -257,15 +255,48 @@ def save_model(name: str, folder: Path, vocab_size: int, **changes: Any) -> Any:
     return model
 
 
-def checkpoint(folder: Path) -> Checkpoint:
-    """Return the saved model as a checkpoint, its tensors read by the safetensors library."""
-    import mconv.shardio.dtypes  # noqa: F401  # registers bfloat16 with numpy
-    from safetensors.numpy import load_file
+def spm_document(model: Path) -> dict[str, Any]:
+    """Return a SentencePiece BPE model as the ``tokenizer.json`` that transformers 4 made."""
+    from sentencepiece import SentencePieceProcessor
 
-    weights: dict[str, LazyTensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        weights |= {n: from_array(a) for n, a in load_file(path).items()}
-    assets = find_assets([folder])
-    return Checkpoint(
-        path=folder, format="hf", weights=weights, config=load_config(assets), assets=assets
-    )
+    spm = SentencePieceProcessor(model_file=str(model))
+    pieces = [spm.IdToPiece(i) for i in range(spm.vocab_size())]
+    known = set(pieces)
+    merges = [
+        (-spm.GetScore(i), [piece[:cut], piece[cut:]])
+        for i, piece in enumerate(pieces)
+        for cut in range(1, len(piece))
+        if piece[:cut] in known and piece[cut:] in known
+    ]
+    token = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    return {
+        "version": "1.0",
+        "added_tokens": [
+            {"id": i, "content": pieces[i], "special": True, **token} for i in range(3)
+        ],
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [
+                {"type": "Prepend", "prepend": "\u2581"},
+                {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
+            ],
+        },
+        "pre_tokenizer": None,
+        "post_processor": None,
+        "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}]},
+        "model": {
+            "type": "BPE",
+            "unk_token": "<unk>",
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "vocab": {piece: i for i, piece in enumerate(pieces)},
+            "merges": [pair for _, pair in sorted(merges, key=lambda item: item[0])],
+        },
+    }
+
+
+def vectors(vocab: Path) -> list[tuple[str, list[int]]]:
+    """Return the test strings beside a vocabulary GGUF and the ids of the original tokenizer."""
+    texts = Path(f"{vocab}.inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
+    ids = Path(f"{vocab}.out").read_text().splitlines()
+    return [(text, [int(n) for n in line.split()]) for text, line in zip(texts, ids, strict=False)]

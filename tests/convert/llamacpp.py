@@ -1,0 +1,55 @@
+"""Run llama.cpp (through xllamacpp) on a GGUF: tokenize text, continue a prompt."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+
+class LlamaCpp:
+    """A loaded model. Loading fails with an exception when llama.cpp refuses the file."""
+
+    def __init__(self, path: Path) -> None:
+        import xllamacpp
+
+        params = xllamacpp.CommonParams()
+        params.model.path = str(path)
+        params.n_ctx = 256
+        params.n_parallel = 1
+        params.warmup = False
+        params.verbosity = 0
+        params.cpuparams.n_threads = 2
+        params.port = 0
+        params.cache_type_k = xllamacpp.ggml_type.GGML_TYPE_F32
+        params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        self._server = xllamacpp.Server(params)
+
+    def _post(self, route: str, body: dict[str, Any]) -> Any:
+        request = urllib.request.Request(
+            self._server.listening_address + route,
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            return json.load(answer)
+
+    def tokenize(self, text: str) -> list[int]:
+        """Return the ids of a text, without special tokens around it."""
+        body = {"content": text, "add_special": False, "parse_special": False}
+        return list(self._post("/tokenize", body)["tokens"])
+
+    def greedy(self, prompt: list[int], count: int, banned: range) -> list[int]:
+        """Return the most likely continuation, token by token, without ``banned`` ids."""
+        body = {
+            "prompt": prompt,
+            "n_predict": count,
+            "temperature": 0.0,
+            "top_k": 1,
+            "return_tokens": True,
+            "cache_prompt": False,
+            "logit_bias": [[token, False] for token in banned],
+        }
+        return list(self._post("/completion", body)["tokens"])
