@@ -86,6 +86,7 @@ def open_legacy(root: Path, options: OpenOptions) -> Checkpoint:
     files, sizes = open_ranks(root)
     parts = [part for f in files for part in _parts(f)]
     _check_chunks(files, sizes)
+    _check_ends(parts, sizes, files)
     args = files[0].args
     version = files[0].root.get("checkpoint_version", 0)
     world = World(
@@ -161,6 +162,19 @@ def _check_chunks(files: Sequence[RankFile], sizes: Sizes) -> None:
             f"{files[0].path}: has {len(files[0].chunks)} model chunks, its args say "
             f"virtual_pipeline_model_parallel_size={sizes.vpp}"
         )
+
+
+def _check_ends(parts: Sequence[RankPart], sizes: Sizes, files: Sequence[RankFile]) -> None:
+    """Stages in the wrong folders show at the ends of the pipeline, whoever wrote them."""
+    ends = (("embedding.", 0, 0), ("decoder.final_layernorm.", sizes.pp - 1, -1))
+    for prefix, stage, chunk in ends:
+        at = {(p.pp, p.chunk) for p in parts for n in p.tensors if canonical(n).startswith(prefix)}
+        expected = (stage, chunk % len(files[0].chunks))
+        if at and expected not in at:
+            raise FormatError(
+                f"{files[0].path.parent.parent}: {prefix}* lies in pipeline stage {min(at)[0]}, "
+                f"expected in {stage}: rank folders were renamed or swapped"
+            )
 
 
 def _local_experts(parts: Sequence[RankPart], sizes: Sizes, args: Mapping[str, object]) -> int:

@@ -19,7 +19,7 @@ from .cuts import Facts, placement_of
 from .names import canonical, expert_of, is_expert, layer_of, shift_expert, shift_layer
 from .settings import Sizes, number
 
-Coord = tuple[int, int]  # (tp, ep)
+Coord = tuple[int, int, int]  # (tp, ep, pp)
 _GROUPED = re.compile(r"^(.*\.mlp\.experts)\.weight([12])$")
 EMBEDDING = "embedding.word_embeddings.weight"
 HEAD = "output_layer.weight"
@@ -160,11 +160,13 @@ def _modern_qkv(tensor: LazyTensor, world: World) -> LazyTensor:
     return tensor.reshape((heads, dim, 3, *rest)).permute((0, 2, 1, *tail)).reshape(tensor.shape)
 
 
-Held = dict[str, dict[Coord, tuple[LazyTensor, int, str]]]
+Held = dict[str, dict[Coord, tuple[LazyTensor, str]]]  # tensor and its file
 
 
 def collect(parts: Iterable[RankPart], world: World) -> Held:
-    """Return {global name: {(tp, ep): (tensor, stage, file)}}.
+    """Return {global name: {(tp, ep, pp): (tensor, file)}}.
+
+    Outside the layers two stages may hold one tensor (the embedding, where it is needed again).
 
     Raises:
         FormatError: two files that claim the same part of the model.
@@ -175,14 +177,18 @@ def collect(parts: Iterable[RankPart], world: World) -> Held:
         for local, tensor in spell(part, world):
             name = shift_expert(shift_layer(local, offset), part.ep * world.local_experts)
             ranks = held.setdefault(name, {})
-            known = ranks.get((part.tp, part.ep))
-            if known is not None:
+            here = (part.tp, part.ep, part.pp)
+            if here in ranks or (ranks and ".layers." in name and _stage(ranks) != part.pp):
+                known = ranks.get(here) or next(iter(ranks.values()))
                 raise FormatError(
-                    f"{part.where}: {name} is also in {known[2]}; both are tensor rank {part.tp}, "
-                    f"expert rank {part.ep}"
+                    f"{part.where}: {name} is also in {known[1]}; the files do not belong together"
                 )
-            ranks[part.tp, part.ep] = (tensor, part.pp, part.where)
+            ranks[here] = (tensor, part.where)
     return held
+
+
+def _stage(ranks: Mapping[Coord, object]) -> int:
+    return next(iter(ranks))[2]
 
 
 def assemble(held: Held, world: World) -> Whole:
@@ -204,7 +210,7 @@ def assemble(held: Held, world: World) -> Whole:
             _join(whole, name, copies, facts, expert)
         except ValueError as e:
             raise LayoutError(f"{name}: parts of the ranks do not fit together: {e}") from e
-        stage, ep = next(iter(ranks.values()))[1], next(iter(ranks))[1]
+        _, ep, stage = next(iter(ranks))
         if world.sizes.pp > 1:
             whole.placements.setdefault(name, {})["pp"] = Stage(stage)
         if expert and world.sizes.ep > 1:
@@ -218,17 +224,17 @@ def assemble(held: Held, world: World) -> Whole:
 
 
 def _line_up(
-    name: str, ranks: Mapping[Coord, tuple[LazyTensor, int, str]], count: int
+    name: str, ranks: Mapping[Coord, tuple[LazyTensor, str]], count: int
 ) -> list[list[LazyTensor]]:
     """Return the parts by rank of the axis, for the tensor and for each further copy of it."""
     by_rank: dict[int, list[LazyTensor]] = {}
-    for (tp, _), (tensor, _, where) in ranks.items():
+    for (tp, _, _), (tensor, where) in ranks.items():
         by_rank.setdefault(tp % count, []).append(tensor)
         if tensor.dtype != by_rank[tp % count][0].dtype:
             raise FormatError(f"{where}: {name} is {tensor.dtype} here, another type elsewhere")
     missing = sorted(set(range(count)) - set(by_rank))
     if missing:
-        files = ", ".join(sorted({where for _, _, where in ranks.values()})[:4])
+        files = ", ".join(sorted({where for _, where in ranks.values()})[:4])
         raise FormatError(
             f"{name}: tensor parallel ranks {missing} do not hold their part of it (found in "
             f"{files}); the files do not belong together"

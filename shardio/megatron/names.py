@@ -19,7 +19,9 @@ _LAYER = re.compile(r"^((?:decoder|encoder|mtp)\.layers)\.(\d+)\.(.*)$")
 _EXPERT = re.compile(r"^(.*\.mlp\.experts\.local_experts)\.(\d+)\.(.*)$")
 _GROUPED_TE = re.compile(r"^(.*\.mlp\.experts)\.(linear_fc[12])\.(weight|bias)(\d+)$")
 
-_OUTER = re.compile(r"^(?:model|language_model)\.(?=embedding\.|decoder\.|output_layer\.)")
+_OUTER = re.compile(
+    r"^(?:(?:model|module|language_model)\.)+(?=(?:embedding|decoder|encoder|output_layer|mtp)\.)"
+)
 
 # buffers and caches that are no part of the model
 _IGNORED = ("_extra_state", "local_tokens_per_expert", "rotary_pos_emb.inv_freq")

@@ -389,6 +389,27 @@ def test_swapped_ranks_are_refused(copied: Callable, case: str, a: str, b: str) 
         open_checkpoint(root)
 
 
+def test_swapped_stages_of_a_conversion_tool_are_refused(tmp_path: Path) -> None:
+    """All files written by one process: only the tensors tell."""
+    plan = Plan(pp=2, counts=(1, 1), args={"rank": 0})
+    root = write_legacy(tmp_path, make_model(plan), plan)
+    (root / "mp_rank_00_000").rename(root / "aside")
+    (root / "mp_rank_00_001").rename(root / "mp_rank_00_000")
+    (root / "aside").rename(root / "mp_rank_00_001")
+    with pytest.raises(FormatError, match="swapped"):
+        open_checkpoint(root)
+
+
+def test_embedding_on_two_stages_is_compared(tmp_path: Path) -> None:
+    """Stages that predict several tokens hold the embedding again."""
+    plan = Plan(pp=2, counts=(1, 1))
+    model = make_model(plan)
+    again = {EMBEDDING: model[EMBEDDING]}
+    ckpt = open_checkpoint(write_legacy(tmp_path, model, plan, lambda m: {**m, **again}))
+    assert set(ckpt.weights) == set(model)
+    assert len(ckpt.replicas[EMBEDDING]) == 1
+
+
 def test_leftover_ranks_are_refused(copied: Callable) -> None:
     root = copied("llama_tp2pp2")
     shutil.copytree(root / "mp_rank_00_000", root / "mp_rank_02_000")
