@@ -14,7 +14,7 @@ import numpy as np
 
 from .chunked import Chunked
 from .records import Global, Record, StoredTensor
-from .source import FileSource, Source
+from .source import FileSource
 from .tensor import LazyTensor
 from .torchfile import read_stored
 
