@@ -87,6 +87,10 @@ def renamed(tensors: Mapping[str, LazyTensor], table: Mapping[str, str]) -> dict
 
 
 def _without_optimizer(grid: Grid) -> list[str]:
+    if grid.folder.expert_optim:
+        return [
+            "the optimizer states of the experts (expp_rank_* files, MoE without ZeRO) are not read"
+        ]
     zero = grid.first.config.get("zero_optimization")
     stage = zero.get("stage", 0) if isinstance(zero, dict) else 0
     if grid.optims[0] or not stage:
@@ -114,6 +118,10 @@ def _args(grid: Grid, whole: Whole) -> dict[str, Any]:
     names = hf_names(whole.part.weights, whole.part.tied) if grid.folder.layers else None
     if names:
         known["hf_names"] = names
+    for name in ("bf16", "fp16"):
+        section = first.config.get(name, first.config.get("bfloat16" if name == "bf16" else name))
+        if isinstance(section, dict) and section.get("enabled"):
+            known["training_dtype"] = "bfloat16" if name == "bf16" else "float16"
     if whole.averaged:
         known["averaged"] = whole.averaged
     for key in ("universal_checkpoint_info", "num_experts", "global_samples", "skipped_steps"):

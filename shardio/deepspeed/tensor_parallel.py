@@ -30,13 +30,31 @@ _LISTS = {
 
 
 @dataclass(frozen=True, slots=True)
+class SubParams:
+    """Matrices that are fused in one parameter.
+
+    Attributes:
+        sizes: along ``dim`` in the whole parameter; empty for ``count`` equal ones.
+        count: how many.
+        dim: the dim they are joined and cut on.
+        ndim: dims of the view that ``dim`` refers to.
+    """
+
+    sizes: tuple[int, ...]
+    count: int
+    dim: int
+    ndim: int
+
+
+@dataclass(frozen=True, slots=True)
 class Rules:
     """The cutting rules of one checkpoint.
 
     Attributes:
         source: file they come from, for messages.
         patterns: rule name to the parameters it is for; None when the checkpoint has no rules.
-        sub_params: sizes of fused matrices, and the dim they are joined on.
+        sub_params: sizes of fused matrices (or how many equal ones), and the dim they are joined
+            on.
         widths: size of each fused matrix on each rank, for uneven cuts.
         refused: reasons why DeepSpeed itself cannot merge a parameter.
         affine: exact maps.
@@ -46,7 +64,7 @@ class Rules:
 
     source: str
     patterns: Mapping[str, Patterns[bool]] | None
-    sub_params: Patterns[tuple[tuple[int, ...], int]]
+    sub_params: Patterns[SubParams]
     widths: Patterns[tuple[tuple[int, ...], ...]]
     refused: Patterns[str]
     affine: Patterns[Affine]
@@ -83,7 +101,7 @@ class Rules:
             return Fused(0, (half, half))
         fused = self.sub_params.get(name)
         if fused is not None:
-            return self._fused(name, shapes, *fused)
+            return self._fused(name, shapes, fused)
         return Shard(1 if self._is("row", name) and len(shapes[0]) > 1 else 0)
 
     def rows(self, name: str) -> int | None:
@@ -93,19 +111,28 @@ class Rules:
     def _is(self, rule: str, name: str) -> bool:
         return self.patterns is not None and name in self.patterns[rule]
 
-    def _fused(
-        self, name: str, shapes: Sequence[tuple[int, ...]], sizes: tuple[int, ...], dim: int
-    ) -> Placement:
+    def _fused(self, name: str, shapes: Sequence[tuple[int, ...]], fused: SubParams) -> Placement:
+        dim, ndim = fused.dim, len(shapes[0])
+        if dim >= ndim or (dim and ndim != fused.ndim):
+            raise UnsupportedError(
+                f"{self.source}: {name!r} is fused along dim {dim} of a {fused.ndim}-dim view; its "
+                f"shards are {list(shapes)}"
+            )
         widths = self.widths.get(name)
         if widths is not None:
             return Blocks(dim, widths)
-        if dim >= len(shapes[0]) or sum(sizes) != sum(s[dim] for s in shapes):
+        total = sum(s[dim] for s in shapes)
+        sizes = fused.sizes or (total // fused.count,) * fused.count
+        if sum(sizes) != total:
             raise LayoutError(
                 f"{self.source}: {name!r} should consist of {sizes} along dim {dim}, its shards "
                 f"are {list(shapes)}"
             )
         if any(n % len(shapes) for n in sizes):
-            raise UnsupportedError(f"{self.source}: {name!r} is cut unevenly: {sizes}")
+            raise UnsupportedError(
+                f"{self.source}: {name!r} consists of {sizes}, which {len(shapes)} ranks cannot "
+                "share evenly, and the checkpoint does not say how they did"
+            )
         return Fused(dim, sizes)
 
 
@@ -155,15 +182,20 @@ def _dict(info: Mapping[str, Any], key: str, source: str) -> dict[str, Any]:
     return value
 
 
-def _sub_param(value: object, source: str) -> list[tuple[object, tuple[tuple[int, ...], int]]]:
+def _sub_param(value: object, source: str) -> list[tuple[object, SubParams]]:
+    """Read one entry:
+
+    ``shape[partition_dim]`` lists the sizes, or (before 0.4) counts equal ones.
+    """
     if isinstance(value, dict):
         shape, dim = value.get("shape"), value.get("partition_dim")
         patterns = value.get("patterns")
         if isinstance(shape, list) and isinstance(patterns, list) and type(dim) is int:
-            sizes = shape[dim] if 0 <= dim < len(shape) else None
-            sizes = [sizes] if type(sizes) is int else sizes
-            if isinstance(sizes, list) and all(type(n) is int and n >= 0 for n in sizes):
-                return [(p, (tuple(sizes), dim)) for p in patterns]
+            what = shape[dim] if 0 <= dim < len(shape) else None
+            if type(what) is int and 0 < what < 2**20:
+                return [(p, SubParams((), what, dim, len(shape))) for p in patterns]
+            if isinstance(what, list) and what and all(type(n) is int and n >= 0 for n in what):
+                return [(p, SubParams(tuple(what), len(what), dim, len(shape))) for p in patterns]
     raise FormatError(f"{source}: universal_checkpoint_info.{_SUB}: malformed entry")
 
 

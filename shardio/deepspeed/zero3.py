@@ -3,7 +3,10 @@
 A rank's flat vector of a sub-group holds ceil(n / ranks) elements of each of its parameters, in
 ``param_shapes`` order without gaps. The end of the last range is uninitialised memory. The fp32
 masters are the only copy of the trained weights; frozen parameters are cut in the same way in the
-model files. After ``runtime/zero/stage3.py`` and ``partition_parameters.py``.
+model files. Nothing inside a rank's vectors says which rank it is: swapped files show in the name
+under which they were saved (``folder.load``) or in ``ds_zero_partition_groups`` (newest versions),
+and in non-zip files of older versions not at all. After ``runtime/zero/stage3.py`` and
+``partition_parameters.py``.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mconv.errors import FormatError, UnsupportedError
+from mconv.errors import FormatError, MconvError, UnsupportedError
 from mconv.shardio.coverage import prove
 from mconv.shardio.deepspeed import combine, zero3, zero12
 from mconv.shardio.deepspeed.affine import read_affine
@@ -20,7 +20,7 @@ from mconv.shardio.deepspeed.fields import Fields
 from mconv.shardio.deepspeed.fused import Average, Blocks
 from mconv.shardio.deepspeed.patterns import Patterns
 from mconv.shardio.deepspeed.states import ModelState, OptimState
-from mconv.shardio.deepspeed.tensor_parallel import read_rules
+from mconv.shardio.deepspeed.tensor_parallel import Rules, read_rules
 from mconv.shardio.records import Storage, StoredTensor
 from mconv.shardio.registry import open_checkpoint
 from mconv.shardio.source import FileSource
@@ -198,3 +198,65 @@ def test_rules_by_name_equal_the_rules_of_the_file(
 def test_unknown_layers_are_not_guessed() -> None:
     with pytest.raises(UnsupportedError, match=r"nothing says how 'mystery\.weight'"):
         read_rules(None, "test", {}).placement("mystery.weight", [(4, 4), (4, 4)])
+
+
+def rules(**info: object) -> Rules:
+    return read_rules({"universal_checkpoint_version": 0.2, **info}, "test", {})
+
+
+def fused(shape: list[object], dim: int = 0) -> list[dict[str, object]]:
+    return [{"patterns": [r"\d+\.qkv"], "shape": shape, "partition_dim": dim}]
+
+
+@pytest.mark.parametrize(
+    ("info", "parts", "want"),
+    [
+        ({}, [(4, 2), (4, 2)], "Shard(0)"),
+        ({"parameter_with_row_parallelism_patterns": ["0.qkv"]}, [(4, 2)] * 2, "Shard(1)"),
+        ({"parameter_with_row_parallelism_patterns": ["0.qkv"]}, [(4,)] * 2, "Shard(0)"),
+        ({"tp_replicated_parameter_patterns": ["0.qkv"]}, [(4, 2)] * 2, "Replicate"),
+        ({"parameter_to_average_patterns": ["0.qkv"]}, [(4, 2)] * 2, "Average"),
+        ({"parameter_with_2_sub_params_cat_dim_0": ["0.qkv"]}, [(4, 2)] * 2, "Fused(0, 4+4)"),
+        ({"parameter_with_sub_params": fused([3, -1])}, [(6, 2)] * 2, "Fused(0, 4+4+4)"),
+        ({"parameter_with_sub_params": fused([3, -1])}, [(6,)] * 2, "Fused(0, 4+4+4)"),
+        ({"parameter_with_sub_params": fused([[8, 2, 2], 2])}, [(6, 2)] * 2, "Fused(0, 8+2+2)"),
+        (
+            {
+                "parameter_with_sub_params": fused([[3, 3], 2]),
+                "sub_param_shard_widths": {r"\d+\.qkv": [[2, 1], [2, 1]]},
+            },
+            [(4, 2), (2, 2)],
+            "Blocks(0, 3+3)",
+        ),
+    ],
+)
+def test_rules(info: dict[str, object], parts: list[tuple[int, ...]], want: str) -> None:
+    assert str(rules(**info).placement("0.qkv", parts)) == want
+
+
+@pytest.mark.parametrize(
+    "info",
+    [
+        {"parameter_with_sub_params": fused([[3, 3], 2])},
+        {"parameter_with_sub_params": fused([[4, 4], 2])},
+        {"parameter_with_sub_params": fused([2, 2, 2], 2)},
+        {"autotp_unsupported_parameter_patterns": {"0.qkv": "packed by blocks"}},
+    ],
+)
+def test_rules_that_cannot_be_applied(info: dict[str, object]) -> None:
+    with pytest.raises(MconvError, match=r"0\.qkv"):
+        rules(**info).placement("0.qkv", [(3, 2), (3, 2)])
+
+
+@pytest.mark.parametrize(
+    "info",
+    [
+        {"parameter_with_sub_params": [{"patterns": ["x"], "shape": [2], "partition_dim": 5}]},
+        {"parameter_with_sub_params": "no list"},
+        {"sub_param_shard_widths": {"x": [["a"]]}},
+        {"affine_map": {"version": 1}},
+    ],
+)
+def test_malformed_rules(info: dict[str, object]) -> None:
+    with pytest.raises(FormatError):
+        rules(**info)
