@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from ...errors import ConfigError, LayoutError, did_you_mean
 from ...shardio.tensor import LazyTensor
@@ -155,7 +156,7 @@ class Table:
                 problems.append(f"unknown: {name} {list(tensor.shape)}{hint}")
                 continue
             side, values = hit
-            shared = self._shared(self.rules[side.rule])
+            shared = _shared(self.rules[side.rule])
             common = tuple(v for v in values if v[0] in shared)
             own = tuple(v for v in values if v[0] not in shared)
             group = groups.setdefault((side.rule, common), _Group(side.rule, common))
@@ -224,11 +225,6 @@ class Table:
     def _sides(line: Rule, forward: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
         return (line.left, line.right) if forward else (line.right, line.left)
 
-    @staticmethod
-    def _shared(line: Rule) -> set[str]:
-        """Placeholders that both sides have."""
-        left = {p for pattern in line.left for p in _PLACE.findall(pattern)}
-        return left & {p for pattern in line.right for p in _PLACE.findall(pattern)}
 
     def _index(self, forward: bool) -> dict[str, list[_Side]]:
         """Pattern without numbers -> where it belongs."""
@@ -251,6 +247,19 @@ class Table:
         numbers = [int(w) for w in name.split(".") if w.isdigit()] or [0]
         values = {"i": numbers[0], "e": numbers[-1]}
         return [p.format(**values) for r in self.rules for p in self._sides(r, forward)[0]]
+
+
+@lru_cache(maxsize=4096)
+def _places(pattern: str) -> tuple[str, ...]:
+    """Placeholders of a pattern."""
+    return tuple(_PLACE.findall(pattern))
+
+
+@lru_cache(maxsize=1024)
+def _shared(line: Rule) -> frozenset[str]:
+    """Placeholders that both sides of a rule have."""
+    left, right = ({p for n in side for p in _places(n)} for side in (line.left, line.right))
+    return frozenset(left & right)
 
 
 class _ProblemError(Exception):
@@ -277,7 +286,7 @@ def _expand(
     """Yield ((position, own placeholder values), name) of all tensors of a side, in order."""
     known = dict(values)
     for position, pattern in enumerate(patterns):
-        own = [p for p in _PLACE.findall(pattern) if p not in known]
+        own = [p for p in _places(pattern) if p not in known]
         if not own:
             yield (position, ()), pattern.format(**known)
             continue

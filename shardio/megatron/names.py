@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 
 from ..names import strip_wrappers
 from ..records import Record, StoredTensor
@@ -67,6 +68,7 @@ def is_parameter(name: str) -> bool:
     return not name.endswith(_BUFFERS)
 
 
+@lru_cache(maxsize=1 << 16)
 def canonical(name: str) -> str:
     """Return the one spelling of a name (layer and expert numbers as they are)."""
     name = strip_wrappers(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -78,3 +79,13 @@ def copy_of(case: Path, kind: str, target: Path) -> Path:
     for path in [target / kind, *(target / kind).rglob("*")]:
         path.chmod(0o755 if path.is_dir() else 0o644)
     return target / kind
+
+
+class Bomb:
+    """Runs a command when a naive loader unpickles it."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, (self.command,)

@@ -30,7 +30,7 @@ from mconv.shardio.placement import Fused, Shard
 from mconv.shardio.registry import open_checkpoint
 from mconv.shardio.tensor import LazyTensor, concat, from_array
 
-from .megatron_cases import check_truth, copy_of, values
+from .megatron_cases import Bomb, check_truth, copy_of, values
 from .megatron_writer import Plan, cut, make_model
 
 CASES = [
@@ -335,16 +335,6 @@ def test_damaged_metadata_never_crashes(copied: Callable[..., Path]) -> None:
                 tensor.read()
         except MconvError:
             continue
-
-
-class Bomb:
-    """Runs a command when a naive loader unpickles it."""
-
-    def __init__(self, command: str) -> None:
-        self.command = command
-
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return os.system, (self.command,)
 
 
 @pytest.mark.parametrize("victim", ["common.pt", ".metadata"])
