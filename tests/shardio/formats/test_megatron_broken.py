@@ -1,5 +1,5 @@
-"""Megatron-LM's legacy format: every way of breaking a checkpoint is refused by name, and the padded
-vocabulary is never trimmed or kept silently.
+"""Megatron-LM's legacy format: every way of breaking a checkpoint is refused by name, and the
+padded vocabulary is never trimmed or kept silently.
 """
 
 from __future__ import annotations
