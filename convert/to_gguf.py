@@ -6,6 +6,7 @@ Hugging Face model. Everything that can be refused is refused before the first b
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,8 +15,9 @@ from typing import Any
 
 from ..errors import OutputError
 from ..shardio import Checkpoint, from_array
+from ..shardio.payload import BytesPayload
 from ..shardio.staging import fingerprint, write_loose
-from ..shardio.stream import Limits, Progress
+from ..shardio.stream import Limits, OutFile, Progress
 from .architectures import (
     Architecture,
     MappedTensor,
@@ -101,48 +103,73 @@ def to_gguf(
     Raises:
         MconvError: any bad input, impossible request or full disk; nothing is left behind.
     """
-    target = Path(out)
+    target, folder = Path(out), Path(tokenizer) if tokenizer is not None else None
     if target.is_dir():
         raise OutputError(f"{target}: is a folder; name the file, such as {target / 'model.gguf'}")
-    folder = Path(tokenizer) if tokenizer is not None else None
     ckpt = opened(src, config)
     ready = prepare(ckpt, weights=weights, vocab_size=vocab_size, tokenizer=folder, verify=verify)
-    architecture = find_architecture(ready.config)
-    assert ready.config is not None
-    full = complete_config(ready.config, architecture)
-    mapped = _tensors(architecture, full, ready)
-    kind = parse_type(type, mapped)
-    planned = plan_tensors(mapped, kind)
-    vocabulary = load_vocabulary(
-        find_tokenizer(folder, ready.assets),
-        architecture.tokenizer,
-        ready.config,
-        vocab_size=full["vocab_size"],
-        pre=pre,
-    )
-    metadata = [
-        *general_entries(
-            architecture.name, model_folder(ready), [(t.name, t.shape) for t in planned], name
-        ),
-        *model_entries(architecture, full, FILE_TYPES[kind.name]),
-        u32("general.quantization_version", _QUANTIZATION_VERSION),
-        *vocabulary_entries(architecture.adjust_vocabulary(vocabulary, full)),
-    ]
-    file = plan_file(target.name, metadata, planned)
+    report = _plan(ready, target, type, folder, name, pre)
     if not dry_run:
+        file = plan_file(target.name, report.metadata, report.tensors)
         sources = {path for t in ckpt.weights.values() for path, _, _ in t.spans()}
+        plan = fingerprint([file], sources, json.dumps([weights, _digest(file)]))
         write_loose(
             target,
             [file],
-            plan=fingerprint([file], sources, json.dumps([weights, kind.name])),
+            plan=plan,
             force=force,
             resume=resume,
             limits=limits,
             progress=progress,
         )
-    return GgufReport(
-        target, architecture.name, kind.name, file.size, planned, metadata, tuple(ready.warnings)
+    return report
+
+
+def _plan(
+    ckpt: Checkpoint,
+    target: Path,
+    type: str,
+    tokenizer: Path | None,
+    name: str | None,
+    pre: str | None,
+) -> GgufReport:
+    """Decide everything about the file; ``ckpt`` has Hugging Face names."""
+    architecture = find_architecture(ckpt.config)
+    assert ckpt.config is not None
+    config = complete_config(ckpt.config, architecture)
+    mapped = _tensors(architecture, config, ckpt)
+    kind = parse_type(type, mapped)
+    planned = plan_tensors(mapped, kind)
+    vocabulary = load_vocabulary(
+        find_tokenizer(tokenizer, ckpt.assets),
+        architecture.tokenizer,
+        ckpt.config,
+        vocab_size=config["vocab_size"],
+        pre=pre,
     )
+    shapes = [(t.name, t.shape) for t in planned]
+    metadata = [
+        *general_entries(architecture.name, model_folder(ckpt), shapes, name),
+        *model_entries(architecture, config, FILE_TYPES[kind.name]),
+        u32("general.quantization_version", _QUANTIZATION_VERSION),
+        *vocabulary_entries(architecture.adjust_vocabulary(vocabulary, config)),
+    ]
+    return GgufReport(
+        target=target,
+        architecture=architecture.name,
+        type=kind.name,
+        nbytes=plan_file(target.name, metadata, planned).size,
+        tensors=planned,
+        metadata=metadata,
+        warnings=tuple(ckpt.warnings),
+    )
+
+
+def _digest(file: OutFile) -> str:
+    """Return the digest of the header, so that a resumed run has the same metadata."""
+    header = file.parts[0][1]
+    assert isinstance(header, BytesPayload)
+    return hashlib.sha256(header.data).hexdigest()
 
 
 def model_folder(ckpt: Checkpoint) -> Path:

@@ -46,10 +46,10 @@ def architectures() -> MappingProxyType[str, Architecture]:
 
 
 def find_architecture(config: Config | None) -> Architecture:
-    """Return the architecture of a ``config.json``, by its ``architectures`` entry.
+    """Return the architecture of a ``config.json``: by its class, else by its ``model_type``.
 
     Raises:
-        ConfigError: there is no configuration, or it names no class.
+        ConfigError: there is no configuration, or it names neither.
         UnsupportedError: no architecture serves the class.
     """
     if config is None:
@@ -57,17 +57,20 @@ def find_architecture(config: Config | None) -> Architecture:
             "the checkpoint comes without a config.json, which says what model it is; pass one "
             "(--config FILE)"
         )
-    by_class = {name: record for record in architectures().values() for name in record.classes}
-    named = config.get("architectures")
-    if not isinstance(named, list) or not named or not isinstance(named[0], str):
+    known = architectures().values()
+    classes = config.get("architectures")
+    if isinstance(classes, list) and classes and isinstance(classes[0], str):
+        name, table = classes[0], {name: r for r in known for name in r.classes}
+    elif isinstance(config.get("model_type"), str):
+        name, table = config["model_type"], {name: r for r in known for name in r.defaults}
+    else:
         raise ConfigError(
-            "config.json: 'architectures' does not name the model's class, such as "
-            "['LlamaForCausalLM']"
+            "config.json: neither 'architectures' (such as ['LlamaForCausalLM']) nor 'model_type' "
+            "says what model it is"
         )
-    if named[0] not in by_class:
-        hint = did_you_mean(named[0], by_class)
+    if name not in table:
         raise UnsupportedError(
-            f"config.json: model class {named[0]!r} is not supported{hint}; supported: "
-            f"{', '.join(sorted(by_class))}"
+            f"config.json: model {name!r} is not supported{did_you_mean(name, table)}; supported: "
+            f"{', '.join(sorted(table))}"
         )
-    return by_class[named[0]]
+    return table[name]

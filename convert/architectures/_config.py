@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ...errors import ConfigError
+from ...errors import ConfigError, UnsupportedError
 from ._record import Architecture, Config
 
 LAYERS = ("n_layers", "num_hidden_layers", "n_layer", "num_layers")
@@ -30,10 +30,17 @@ def complete_config(config: Config, architecture: Architecture) -> dict[str, Any
 
     Raises:
         ConfigError: an entry that everything depends on is missing or not a positive number.
+        UnsupportedError: the weights are quantized.
     """
     full = dict(config)
     if isinstance(full.get("text_config"), Mapping):
         full |= full["text_config"]
+    quantized = full.get("quantization_config")
+    if isinstance(quantized, Mapping):
+        raise UnsupportedError(
+            f"config.json: the weights are quantized ({quantized.get('quant_method')}); "
+            "dequantize them to 16 bits first, or convert the model they were made from"
+        )
     kinds = architecture.defaults
     chosen = kinds.get(str(full.get("model_type")), next(iter(kinds.values()), {}))
     for key, default in chosen.items():

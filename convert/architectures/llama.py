@@ -41,8 +41,9 @@ def _rope_freqs(config: Config) -> np.ndarray | None:
     frequencies = one / powers.astype(np.float32)
     wavelengths = one / frequencies * np.float32(2 * np.pi)
     smooth = one / wavelengths * np.float32(context) - np.float32(low)
-    smooth /= np.float32(high - low)
-    divisors = one / ((one - smooth) / factor + smooth)
+    with np.errstate(divide="ignore", invalid="ignore"):  # low == high leaves nothing between
+        smooth /= np.float32(high - low)
+        divisors = one / ((one - smooth) / factor + smooth)
     divisors[wavelengths > np.float32(context / low)] = factor
     divisors[wavelengths < np.float32(context / high)] = one
     return divisors

@@ -1,0 +1,153 @@
+"""Architecture records: the contract every one keeps, transforms, and configuration defaults."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mconv.convert.architectures import (
+    TRANSFORMS,
+    Architecture,
+    architectures,
+    complete_config,
+    dimensions,
+    find_architecture,
+    model_entries,
+)
+from mconv.errors import ConfigError, UnsupportedError
+from mconv.shardio import from_array
+
+ALL = architectures()
+ROPE_OLD = {
+    "rope_theta": 5e5,
+    "max_position_embeddings": 512,
+    "rope_scaling": {"type": "yarn", "factor": 2.0},
+}
+
+
+def entries(architecture: Architecture, **config: Any) -> dict[str, Any]:
+    kind = next(iter(architecture.defaults))
+    full = complete_config({"model_type": kind, **config}, architecture)
+    return {e.key: e.value for e in model_entries(architecture, full, 1)}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_contract(name: str) -> None:
+    record = ALL[name]
+    assert record.name == name and record.classes and record.defaults
+    assert record.rope in ("norm", "neox")
+    assert set(record.headless) <= set(record.classes)
+    full = complete_config({"model_type": next(iter(record.defaults))}, record)
+    sizes = dimensions(full)
+    for rule in record.tensors:
+        assert set(rule.shape) <= set(sizes), rule
+        assert rule.bias in ("no", "maybe", "yes")
+        assert not rule.transform or rule.transform in TRANSFORMS
+        assert ("{n}" in rule.gguf) == ("{n}" in rule.hf)
+    for side in ("gguf", "hf"):
+        names = [getattr(rule, side) for rule in record.tensors]
+        assert len(set(names)) == len(names)
+    for model_class in record.classes:
+        assert find_architecture({"architectures": [model_class]}) is record
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_tensor_names_are_those_of_the_gguf_package(name: str) -> None:
+    import gguf
+
+    kind = next(k for k, v in gguf.MODEL_ARCH_NAMES.items() if v == name)
+    mapping = gguf.get_tensor_name_map(kind, 1)
+    for rule in ALL[name].tensors:
+        hf, want = rule.hf.replace("{n}", "0"), rule.gguf.replace("{n}", "0")
+        assert mapping.get_name(hf) == want
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_defaults_are_those_of_transformers(name: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    for model_type in ALL[name].defaults:
+        theirs = transformers.AutoConfig.for_model(model_type).to_dict()
+        ours = complete_config({"model_type": model_type}, ALL[name])
+        for key in ALL[name].defaults[model_type]:
+            if key != "rope_theta":
+                assert ours[key] == theirs[key], (model_type, key)
+        assert ours["rope_parameters"] == theirs["rope_parameters"]
+        assert ("head_dim" in ours) == ("head_dim" in theirs)
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+@given(heads=st.integers(1, 5), half=st.integers(1, 4), columns=st.integers(0, 3))
+def test_transforms_are_invertible(name: str, heads: int, half: int, columns: int) -> None:
+    shape = (heads * half * 2, *([columns] if columns else []))
+    values = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    sizes = {"heads": heads, "kv_heads": heads}
+    there = TRANSFORMS[name].apply(from_array(values), sizes)
+    np.testing.assert_array_equal(TRANSFORMS[name].undo(there, sizes).read(), values)
+    rows = there.read().reshape(heads, half, 2, -1)
+    source = values.reshape(heads, 2, half, -1)
+    for part in (0, 1):  # adjacent rows are the two halves of a rotary pair
+        np.testing.assert_array_equal(rows[:, :, part], source[:, part])
+
+
+def test_old_and_new_rope_settings_mean_the_same() -> None:
+    new = {
+        "max_position_embeddings": 512,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 5e5,
+            "factor": 2.0,
+            "original_max_position_embeddings": 512,
+        },
+    }
+    assert entries(ALL["qwen2"], **ROPE_OLD) == entries(ALL["qwen2"], **new)
+
+
+def test_rope_scaling_keys() -> None:
+    yarn = {"attention_factor": 1.5, "beta_fast": 16, "beta_slow": 2, "extrapolation_factor": 0.5}
+    found = entries(
+        ALL["llama"], **ROPE_OLD | {"rope_scaling": {"rope_type": "yarn", "factor": 2, **yarn}}
+    )
+    scaling = {k.removeprefix("llama.rope.scaling."): v for k, v in found.items() if "scaling" in k}
+    assert scaling == {
+        "type": "yarn",
+        "factor": 2.0,
+        "original_context_length": 512,
+        "yarn_ext_factor": 0.5,
+        "yarn_attn_factor": 1.5,
+        "yarn_beta_fast": 16.0,
+        "yarn_beta_slow": 2.0,
+    }
+    linear = entries(ALL["llama"], rope_scaling={"type": "linear", "factor": 4.0})
+    assert linear["llama.rope.scaling.type"] == "linear"
+    assert linear["llama.rope.scaling.factor"] == 4.0
+    assert not [k for k in entries(ALL["llama"]) if "scaling" in k]
+
+
+def test_text_config_wins() -> None:
+    full = complete_config({"hidden_size": 1, "text_config": {"hidden_size": 64}}, ALL["llama"])
+    assert full["hidden_size"] == 64
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"hidden_size": "64"},
+        {"num_hidden_layers": 0},
+        {"vocab_size": True},
+        {"rope_scaling": 3},
+    ],
+)
+def test_bad_configurations(bad: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        complete_config({"model_type": "llama", **bad}, ALL["llama"])
+
+
+def test_who_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--config"):
+        find_architecture(None)
+    with pytest.raises(UnsupportedError, match="MptForCausalLM"):
+        find_architecture({"architectures": ["MptForCausalLM"]})
+    assert find_architecture({"model_type": "mistral"}).name == "llama"
