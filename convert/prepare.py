@@ -71,6 +71,8 @@ def prepare(
     out = to_hf(replace(ckpt, weights=chosen, optimizer=kept), vocab_size=size)
     if tokenizer is not None and tokenizer.is_dir():
         out = replace(out, assets=find_assets([tokenizer, *(p.parent for p in out.assets)]))
+    if with_optimizer and not kept:
+        out = replace(out, warnings=(*out.warnings, "the checkpoint holds no optimizer state"))
     if dtype is None:
         return out
     return replace(out, weights={n: _cast(t, dtype) for n, t in out.weights.items()})

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..errors import ConfigError, did_you_mean
-from ..shardio import Checkpoint, Layout, LazyTensor, dtypes, open_checkpoint
+from ..shardio import Checkpoint, Layout, dtypes, open_checkpoint
 from ..shardio.assets import find_assets, load_config, load_json
-from ..shardio.hf_writer import DEFAULT_SHARD, plan_copies, plan_json, plan_tensors
+from ..shardio.safetensors_plan import plan_json
 from ..shardio.staging import fingerprint, write_folder
 from ..shardio.stream import Limits, OutFile, Progress
+from ..shardio.writers import Planned, get_writer
+from .naming import from_hf
 from .prepare import prepare
-
-_TARGETS = ("hf",)
-_HEADS = ("lm_head.weight",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +86,8 @@ def reshard(
         MconvError: any bad input, impossible request or full disk; nothing is left behind.
     """
     ckpt = opened(src, config)
-    layout = _supported(layout or Layout("hf"))
+    layout = layout or Layout("hf")
+    writer = get_writer(layout.format)
     ready = prepare(
         ckpt,
         weights=weights,
@@ -98,7 +97,10 @@ def reshard(
         with_optimizer=with_optimizer,
         verify=verify,
     )
-    files, report = _plan(ckpt, ready, Path(dst), layout, weights, with_optimizer)
+    ready = from_hf(ready, writer.naming)
+    planned = writer.plan(ready, layout)
+    files = [*planned.files, plan_json("mconv.json", _provenance(ckpt, layout, weights))]
+    report = _report(Path(dst), ready, planned, files)
     if not dry_run:
         sources = {p for t in ckpt.weights.values() for p, _, _ in t.spans()}
         plan = fingerprint(files, sources, json.dumps([weights, layout.dtype]))
@@ -112,15 +114,6 @@ def reshard(
             progress=progress,
         )
     return report
-
-
-def _supported(layout: Layout) -> Layout:
-    if layout.format not in _TARGETS:
-        raise ConfigError(
-            f"cannot write format {layout.format!r}{did_you_mean(layout.format, _TARGETS)}; "
-            f"targets: {', '.join(_TARGETS)}"
-        )
-    return layout
 
 
 def opened(src: Checkpoint | str | Path, config: str | Path | None) -> Checkpoint:
@@ -139,82 +132,16 @@ def opened(src: Checkpoint | str | Path, config: str | Path | None) -> Checkpoin
     return replace(src, config=found or src.config, assets=(*assets, *src.assets))
 
 
-def _plan(
-    ckpt: Checkpoint,
-    ready: Checkpoint,
-    target: Path,
-    layout: Layout,
-    weights: str,
-    with_optimizer: bool,
-) -> tuple[list[OutFile], ReshardReport]:
-    """Plan every file of the folder and say what it will hold."""
-    warnings = list(ready.warnings)
-    tensors = _with_aliases(ready, warnings)
-    limit = layout.max_shard_size or DEFAULT_SHARD
-    files = plan_tensors("model", tensors, limit)
-    if with_optimizer:
-        states = _optimizer(ready)
-        files += plan_tensors("optimizer", states, limit) if states else []
-        if not states:
-            warnings.append("the checkpoint holds no optimizer state")
-    if ready.config is not None:
-        files.append(plan_json("config.json", _config(ready, tensors)))
-    else:
-        warnings.append("no config.json found: give one with --config to get a loadable model")
-    files += plan_copies([p for p in ready.assets if p.name != "config.json"], files)
-    files.append(plan_json("mconv.json", _provenance(ckpt, layout, weights)))
-    return files, _report(target, files, tensors, warnings)
-
-
 def _report(
-    target: Path, files: list[OutFile], tensors: Mapping[str, LazyTensor], warnings: list[str]
+    target: Path, ready: Checkpoint, planned: Planned, files: Sequence[OutFile]
 ) -> ReshardReport:
     return ReshardReport(
         target,
         {f.name: f.size for f in files},
-        len(tensors),
-        sum(t.size for t in tensors.values()),
-        tuple(warnings),
+        len(ready.weights),
+        ready.num_parameters,
+        (*ready.warnings, *planned.warnings),
     )
-
-
-def _with_aliases(ckpt: Checkpoint, warnings: list[str]) -> dict[str, LazyTensor]:
-    """Weights to write:
-
-    the tied head is left out (HF re-ties it), any other alias becomes a copy.
-    """
-    tensors = dict(ckpt.weights)
-    for alias, owner in ckpt.tied.items():
-        if alias in tensors or owner not in tensors:
-            continue
-        if alias not in _HEADS:
-            warnings.append(f"{alias} shares memory with {owner}: written as a copy of its own")
-            tensors[alias] = tensors[owner]
-    return tensors
-
-
-def _optimizer(ckpt: Checkpoint) -> dict[str, LazyTensor]:
-    return {
-        f"{state}.{name}": tensor
-        for state, tensors in ckpt.optimizer.items()
-        for name, tensor in tensors.items()
-    }
-
-
-def _config(ckpt: Checkpoint, tensors: Mapping[str, LazyTensor]) -> dict[str, Any]:
-    """The config as found, with what the weights say: dtype, tied head, vocabulary rows."""
-    assert ckpt.config is not None
-    config = dict(ckpt.config)
-    counts: dict[str, int] = {}
-    for t in tensors.values():
-        if dtypes.is_float(t.dtype):
-            counts[dtypes.name(t.dtype)] = counts.get(dtypes.name(t.dtype), 0) + t.size
-    if counts:
-        key = "torch_dtype" if "torch_dtype" in config else "dtype"
-        config[key] = max(counts, key=lambda k: counts[k])
-    if any(alias in _HEADS for alias in ckpt.tied):
-        config["tie_word_embeddings"] = True
-    return config
 
 
 def _provenance(ckpt: Checkpoint, layout: Layout, weights: str) -> dict[str, Any]:

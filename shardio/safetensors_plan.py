@@ -1,9 +1,8 @@
-"""Planning a Hugging Face model folder: which tensor goes to which byte of which safetensors file.
+"""Planning safetensors files: which tensor goes to which byte of which file.
 
-Layout as ``save_pretrained`` writes it: ``model.safetensors``, or
-``model-0000i-of-0000n.safetensors`` with an index; inside a file tensors are ordered by falling
-element size and name, as the safetensors library does. Optimizer states are beside them as
-``optimizer*.safetensors`` with keys ``<state>.<weight name>``.
+Files are named as ``save_pretrained`` names them: ``model.safetensors``, or
+``model-0000i-of-0000n.safetensors`` with an index. Inside a file tensors are ordered by falling
+element size and name, as the safetensors library does.
 """
 
 from __future__ import annotations
