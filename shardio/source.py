@@ -83,6 +83,13 @@ class _Pool:
                 self._open.move_to_end(path)
             return handle
 
+    def forget(self, path: Path, now: os.stat_result) -> None:
+        """Close what was opened under ``path``, if another file is there now."""
+        with self._lock:
+            handle = self._open.get(path)
+            if handle is not None and not os.path.samestat(os.fstat(handle.fd), now):
+                del self._open[path]
+
     def clear(self) -> None:
         with self._lock:
             self._open.clear()
@@ -107,9 +114,11 @@ class FileSource:
     def of(cls, path: Path) -> FileSource:
         """Stat the file. Raises FormatError when it is missing or unreadable."""
         try:
-            return cls(path, path.stat().st_size)
+            now = path.stat()
         except OSError as e:
             raise FormatError(f"{path}: cannot be opened ({e.strerror})") from e
+        _POOL.forget(path, now)
+        return cls(path, now.st_size)
 
     def locate(self, offset: int) -> tuple[FileSource, int]:
         """The file itself and the same offset."""

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..errors import FormatError, OutputError
+from ..errors import MconvError, OutputError
 from .stream import Journal, Limits, OutFile, Progress, output_error, write_files
 
 _PLAN = ".mconv-plan"
@@ -133,7 +133,9 @@ def _staged(
             journal = _prepare(folder, plan, resume)
             try:
                 write_files(folder, files, limits=limits, journal=journal, progress=progress)
-            except FormatError:
+            except OutputError:
+                raise  # no space, no permission: a later run may resume
+            except MconvError:
                 shutil.rmtree(folder)  # bad input: there is nothing to resume
                 raise
             (folder / _JOURNAL).unlink(missing_ok=True)

@@ -226,3 +226,11 @@ def test_two_runs_on_one_target_are_refused(tmp_path: Path) -> None:
     finally:
         process.kill()
         process.wait()
+
+
+def test_a_replaced_file_is_read_anew(tmp_path: Path) -> None:
+    path = tmp_path / "source.bin"
+    for value in (b"old data", b"new data"):
+        path.unlink(missing_ok=True)
+        path.write_bytes(value)
+        assert FileSource.of(path).read(0, 8) == value
