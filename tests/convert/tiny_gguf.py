@@ -1,7 +1,8 @@
 """Tiny GGUF models with the shapes that the type recipes tell apart, and importance matrices.
 
 Only the metadata that llama-quantize asks for is there, so the same files serve the tests and the
-comparison with that program. Weights are heavy-tailed, as trained ones are.
+comparison with that program. Weights are heavy-tailed, as trained ones are, and made of exact
+arithmetic on raw random bits, so that digests of them hold for every numpy version.
 """
 
 from __future__ import annotations
@@ -34,25 +35,25 @@ class Spec:
     experts: int = 0
     tied: bool = False
     fused: bool = False
-    thin: bool = False  # few rows, for many layers
+    thin: bool = False  # few rows per matrix
     dtype: str = "BF16"
 
 
 MODELS: Mapping[str, Spec] = {
     "dense": Spec(),
     "gqa": Spec(heads=8, kv_heads=2, ff=512, dtype="F16"),
-    "moe": Spec(arch="qwen3moe", heads=8, kv_heads=1, experts=4),
-    "moe8": Spec(heads=8, kv_heads=2, experts=8, layers=4),
-    "tied": Spec(arch="qwen2", tied=True, dtype="F32"),
-    "odd": Spec(embd=288, ff=160),
-    "falcon": Spec(arch="falcon", fused=True, layers=16, kv_heads=1),
+    "moe": Spec(arch="qwen3moe", heads=8, kv_heads=1, experts=4, layers=16, thin=True),
+    "moe8": Spec(heads=8, kv_heads=2, experts=8, thin=True),
+    "tied": Spec(arch="qwen2", layers=24, tied=True, dtype="F32", thin=True),
+    "odd": Spec(embd=288, ff=160, thin=True),
+    "falcon": Spec(arch="falcon", fused=True, layers=32, kv_heads=1, thin=True),
     "70b": Spec(layers=80, heads=8, kv_heads=1, thin=True),
 }
 
 
 def weights(spec: Spec) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Yield the name and row-major shape of every tensor."""
-    rows = 4 if spec.thin else spec.embd
+    rows = 8 if spec.thin else spec.embd
     kv = max(1, rows * spec.kv_heads // spec.heads)
     yield "token_embd.weight", (VOCAB, spec.embd)
     for i in range(spec.layers):
@@ -70,7 +71,7 @@ def weights(spec: Spec) -> Iterator[tuple[str, tuple[int, ...]]]:
         stem = "_exps" if spec.experts else ""
         if spec.experts:
             yield f"{blk}.ffn_gate_inp.weight", (spec.experts, spec.embd)
-        ff = 4 if spec.thin else spec.ff
+        ff = 8 if spec.thin else spec.ff
         yield f"{blk}.ffn_gate{stem}.weight", (*lead, ff, spec.embd)
         yield f"{blk}.ffn_up{stem}.weight", (*lead, ff, spec.embd)
         yield f"{blk}.ffn_down{stem}.weight", (*lead, rows, spec.ff)
@@ -106,12 +107,29 @@ def metadata(spec: Spec) -> list[KeyValue]:
     ]
 
 
+def uniform(bits: np.random.PCG64, shape: tuple[int, ...]) -> np.ndarray:
+    """Return numbers in [0, 1) straight from a bit generator."""
+    raw = bits.random_raw(int(np.prod(shape)))
+    return (raw >> np.uint64(11)).reshape(shape) * 2.0**-53
+
+
+def heavy_tailed(bits: np.random.PCG64, shape: tuple[int, ...]) -> np.ndarray:
+    """Return float32 numbers around zero with rare large ones."""
+    bell = sum(uniform(bits, shape) for _ in range(4)) - 2
+    return (0.02 * bell / (0.1 + uniform(bits, shape))).astype(np.float32)
+
+
+def _fourth(x: np.ndarray) -> np.ndarray:
+    square = x * x  # a power would go through the C library, whose last bits vary
+    return square * square
+
+
 def values(spec: Spec, seed: int = 0) -> dict[str, np.ndarray]:
     """Return heavy-tailed weights; vectors are float32."""
-    rng = np.random.default_rng(seed)
+    bits = np.random.PCG64(seed)
     out = {}
     for name, shape in weights(spec):
-        x = rng.standard_t(4, shape).astype(np.float32) * np.float32(0.02)
+        x = heavy_tailed(bits, shape)
         plain = len(shape) == 1 or "gate_inp" in name
         out[name] = x if plain else x.astype(_DTYPES[spec.dtype])
     return out
@@ -162,15 +180,15 @@ def importance(spec: Spec, seed: int = 1) -> dict[str, tuple[np.ndarray, np.ndar
 
     Some columns were never active, and the last expert saw no token.
     """
-    rng = np.random.default_rng(seed)
+    bits = np.random.PCG64(seed)
     out = {}
     for name, shape in weights(spec):
         if not name.startswith("blk.") or len(shape) < 2 or "gate_inp" in name:
             continue
         matrices = shape[0] if len(shape) > 2 else 1
-        sums = (rng.standard_gamma(0.3, (matrices, shape[-1])) * 100).astype(np.float32)
+        sums = (_fourth(uniform(bits, (matrices, shape[-1]))) * 100).astype(np.float32)
         sums[:, ::37] = 0
-        counts = rng.integers(50, 500, matrices).astype(np.float32)
+        counts = (50 + bits.random_raw(matrices) % np.uint64(450)).astype(np.float32)
         if matrices > 1:
             counts[-1] = 0
         out[name] = sums, counts
