@@ -80,7 +80,7 @@ def plan(ckpt: Checkpoint, request: Request) -> Model:
     config = dict(ckpt.config)
     family = _by_type(str(request.model_type or config.get("model_type")))
     tied = "lm_head.weight" not in ckpt.weights
-    padded = request.padded_vocab_size or int(config["vocab_size"])
+    padded = request.padded_vocab_size or _count(config, "vocab_size")
     sizes = replace(_sizes(config, tied, padded), experts=_experts_of_config(config))
     args = {arg.split("|")[0]: config[key] for key, arg in family.keys if key in config}
     if "num_query_groups" not in args:
@@ -160,7 +160,7 @@ def _normal(args: Mapping[str, Any]) -> dict[str, Any]:
     """Return the args with what old or default entries mean written out."""
     found = dict(args)
     heads = found.get("num_attention_heads")
-    if not isinstance(heads, int) or not heads:
+    if not isinstance(heads, int) or heads < 1:
         return {}
     if not found.get("group_query_attention") or not found.get("num_query_groups"):
         found["num_query_groups"] = heads
@@ -228,7 +228,7 @@ def _rope(args: Mapping[str, Any]) -> dict[str, Any]:
 
 def _mixture(family: Family, args: Mapping[str, Any], weights: Tensors) -> dict[str, Any]:
     """Settings of mixture-of-experts models that are no plain copy of an arg."""
-    layers = range(int(args["num_layers"]))
+    layers = range(_count(args, "num_layers"))
     dense = [i for i in layers if f"decoder.layers.{i}.mlp.router.weight" not in weights]
     if family.model_type.startswith("deepseek"):
         if dense != list(range(len(dense))):
@@ -236,8 +236,8 @@ def _mixture(family: Family, args: Mapping[str, Any], weights: Tensors) -> dict[
                 f"layers {dense} are dense: {family.model_type} has only the first so"
             )
         shared = args.get("moe_shared_expert_intermediate_size")
-        inner = args.get("moe_ffn_hidden_size") or args.get("ffn_hidden_size")
-        count = int(shared) // int(inner) if shared and inner else None
+        inner = _count(args, "moe_ffn_hidden_size", "ffn_hidden_size")
+        count = shared // inner if isinstance(shared, int) else None
         return {"first_k_dense_replace": len(dense), "n_shared_experts": count}
     if family.model_type == "mixtral":
         return {}
@@ -267,8 +267,9 @@ def _vocabulary(
         raise ConfigError(f"{ckpt.path}: has no {_EMBEDDING}: not a language model, or incomplete")
     padded = ckpt.weights[_EMBEDDING].shape[0]
     size = request.vocab_size or config.get("vocab_size")
-    unit = (args.get("make_vocab_size_divisible_by") or 128) * ckpt.layout.tp
-    if not isinstance(size, int):
+    multiple = args.get("make_vocab_size_divisible_by")
+    unit = (multiple if isinstance(multiple, int) and multiple > 0 else 128) * ckpt.layout.tp
+    if not isinstance(size, int) or size < 1:
         saved = args.get("vocab_size")
         hint = f" (its args mention {saved})" if isinstance(saved, int) else ""
         raise ConfigError(
@@ -293,24 +294,30 @@ def _vocabulary(
 
 def _sizes(config: Mapping[str, Any], tied: bool, padded: int) -> Sizes:
     """Read the transforms' parameters from a Hugging Face config."""
-
-    def number(*keys: str) -> int:
-        for key in keys:
-            if isinstance(config.get(key), int):
-                return int(config[key])
-        raise ConfigError(f"config.json has no {keys[0]}")
-
-    heads = number("num_attention_heads", "n_head")
-    hidden = number("hidden_size", "n_embd")
+    heads = _count(config, "num_attention_heads", "n_head")
+    kv_heads = config.get("num_key_value_heads")
+    head_dim = config.get("head_dim")
     return Sizes(
-        layers=number("num_hidden_layers", "n_layer"),
+        layers=_count(config, "num_hidden_layers", "n_layer"),
         heads=heads,
-        kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or hidden // heads,
-        vocab_size=number("vocab_size"),
+        kv_heads=heads if kv_heads is None else _count(config, "num_key_value_heads"),
+        head_dim=(
+            _count(config, "hidden_size", "n_embd") // heads
+            if head_dim is None
+            else _count(config, "head_dim")
+        ),
+        vocab_size=_count(config, "vocab_size"),
         padded_vocab_size=padded,
         tied=tied,
     )
+
+
+def _count(settings: Mapping[str, Any], *keys: str) -> int:
+    """Return the first of the settings that is there; it must be a positive integer."""
+    value = next((settings[k] for k in keys if settings.get(k) is not None), None)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{keys[0]} is {value!r}: expected a positive integer")
+    return value
 
 
 def _experts(weights: Tensors) -> int:

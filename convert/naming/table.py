@@ -225,7 +225,6 @@ class Table:
     def _sides(line: Rule, forward: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
         return (line.left, line.right) if forward else (line.right, line.left)
 
-
     def _index(self, forward: bool) -> dict[str, list[_Side]]:
         """Pattern without numbers -> where it belongs."""
         index: dict[str, list[_Side]] = {}

@@ -40,7 +40,7 @@ from ..records import StoredTensor
 from ..registry import Format, OpenOptions
 from ..source import FileSource
 from ..state_checkpoint import model_files
-from ..stored import lazy
+from ..stored import lazy, plain
 
 _ITERATION = re.compile(r"^iter_(\d+)$")
 
@@ -88,11 +88,10 @@ def open_legacy(root: Path, options: OpenOptions) -> Checkpoint:
     _check_chunks(files, sizes)
     _check_ends(parts, sizes, files)
     args = files[0].args
-    version = files[0].root.get("checkpoint_version", 0)
     world = World(
         sizes=sizes,
         args=args,
-        version=float(version) if isinstance(version, int | float) else 0.0,
+        version=_checkpoint_version(files[0]),
         offsets=layer_offsets(parts, sizes),
         local_experts=_local_experts(parts, sizes, args),
         tied=args.get("untie_embeddings_and_output_weights", not _legacy_tied(parts)) is False,
@@ -196,6 +195,14 @@ def _legacy_tied(parts: Sequence[RankPart]) -> bool:
     return HEAD not in names or any(
         "word_embeddings_for_head" in n for p in parts for n in p.tensors
     )
+
+
+def _checkpoint_version(file: RankFile) -> float:
+    """0 in the oldest files, which do not say; 3 today."""
+    version = file.root.get("checkpoint_version", 0)
+    if not isinstance(version, int | float) or not 0 <= version < 100:
+        raise FormatError(f"{file.path}: checkpoint_version is {plain(version)!r}")
+    return float(version)
 
 
 def _version(file: RankFile) -> str:

@@ -116,6 +116,8 @@ def _stage(
 def _layers(args: Mapping[str, object], sizes: Sizes) -> dict[tuple[int, int], range]:
     """(stage, chunk) to its layers; even stages, or shorter first and last ones."""
     total, chunks = sizes.layers or 0, sizes.pp * sizes.vpp
+    if not 0 < chunks <= total:
+        raise UnsupportedError(f"{total} layers on {chunks} pipeline chunks")
     first = number(args, "decoder_first_pipeline_num_layers")
     last = number(args, "decoder_last_pipeline_num_layers")
     if args.get("pipeline_model_parallel_layout"):

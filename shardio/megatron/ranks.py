@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ...errors import FormatError
 from ..torchfile import open_torch_file
-from .settings import Sizes, coordinates, parallel_sizes, plain_args
+from .settings import Sizes, coordinates, number, parallel_sizes, plain_args
 
 TRACKER = "latest_checkpointed_iteration.txt"
 MODEL_FILES = ("model_optim_rng.pt", "model_rng.pt", "model_weights.ckpt")
@@ -27,6 +27,7 @@ _SAME = (
     "padded_vocab_size", "world_size",
 )  # fmt: skip
 _THREADS = 8
+_PATIENCE = 4096  # missing folders are listed up to so many times the present ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +170,12 @@ def _check_extra(files: Sequence[RankFile], sizes: Sizes) -> None:
 
 
 def _check_missing(folder: Path, files: Sequence[RankFile], sizes: Sizes) -> None:
+    need = max(sizes.tp * sizes.pp, sizes.pp * sizes.ep)
+    if need > _PATIENCE * len(files):
+        raise FormatError(
+            f"{folder}: has {len(files)} rank folders, its args (TP={sizes.tp} PP={sizes.pp} "
+            f"EP={sizes.ep}) call for at least {need}"
+        )
     have = {(f.tp, f.pp) for f in files}
     missing = [
         _name(t, p, None, sizes)
@@ -215,7 +222,7 @@ def _name(t: int, p: int, e: int | None, sizes: Sizes) -> str:
 
 def _check_swapped(files: Sequence[RankFile], sizes: Sizes) -> None:
     """Compare each folder with the rank of the process that wrote its file."""
-    if len({f.args.get("rank") for f in files}) < len(files):
+    if len({number(f.args, "rank") for f in files}) < len(files):
         return  # conversion tools write all ranks from one process
     for f in files:
         wrote = coordinates(f.args, sizes)

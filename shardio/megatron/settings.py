@@ -10,8 +10,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ...errors import FormatError
 from ..records import Record
 from ..stored import plain
+
+_MOST = 1 << 16  # ranks of one axis
+_SIZES = (
+    "tensor_model_parallel_size", "model_parallel_size", "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size", "expert_model_parallel_size",
+    "expert_tensor_parallel_size", "num_layers", "encoder_num_layers",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +59,15 @@ def number(args: Mapping[str, object], *names: str) -> int | None:
 
 
 def parallel_sizes(args: Mapping[str, object]) -> Sizes:
-    """Return the parallel sizes; old files miss some, and then they are 1."""
+    """Return the parallel sizes; old files miss some, and then they are 1.
+
+    Raises:
+        FormatError: a size that no run can have had.
+    """
+    for key in _SIZES:
+        value = number(args, key)
+        if value is not None and not 0 <= value <= _MOST:
+            raise FormatError(f"args.{key} is {value}: the saved settings are damaged")
     tp = number(args, "tensor_model_parallel_size", "model_parallel_size") or 1
     return Sizes(
         tp=tp,

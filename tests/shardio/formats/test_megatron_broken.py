@@ -4,6 +4,7 @@ padded vocabulary is never trimmed or kept silently.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from mconv.convert.naming import to_hf
 from mconv.errors import ConfigError, FormatError, LayoutError, MconvError, UnsupportedError
 from mconv.shardio.compare import check_replicas
@@ -177,6 +180,48 @@ def test_unfinished_newer_save_is_mentioned(copied: Callable) -> None:
     root = copied("llama_tp1pp1")
     newer = root.rename(root.parent / "iter_0000020")
     assert any("incomplete" in w for w in open_checkpoint(newer).warnings)
+
+
+_ARGS = st.sampled_from(
+    [
+        "tensor_model_parallel_size", "pipeline_model_parallel_size", "num_layers", "num_experts",
+        "expert_model_parallel_size", "expert_tensor_parallel_size", "num_attention_heads",
+        "virtual_pipeline_model_parallel_size", "kv_channels", "hidden_size", "world_size",
+        "make_vocab_size_divisible_by", "group_query_attention", "num_query_groups", "rank",
+        "moe_ffn_hidden_size", "moe_router_topk", "rotary_percent", "context_parallel_size",
+    ]
+)  # fmt: skip
+_JUNK = st.one_of(
+    st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.text(max_size=3), st.floats(),
+    st.integers(-1, 5), st.lists(st.integers(), max_size=2),
+)  # fmt: skip
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    args=st.dictionaries(_ARGS, _JUNK, min_size=1, max_size=3),
+    root=st.dictionaries(
+        st.sampled_from(
+            ["iteration", "checkpoint_version", "optimizer", "model", "model1", "args"]
+        ),
+        st.one_of(_JUNK, st.just({}), st.just({"state": {}, "param_groups": [{}, {}]})),
+        max_size=1,
+    ),
+    plan=st.sampled_from([Plan(tp=2), Plan(ep=2, experts=2), Plan(pp=2, counts=(1, 1))]),
+)
+def test_nonsense_settings_never_crash(
+    tmp_path_factory: pytest.TempPathFactory,
+    args: dict[str, object],
+    root: dict[str, object],
+    plan: Plan,
+) -> None:
+    folder = tmp_path_factory.mktemp("run")
+    odd = replace(plan, args=args)
+    where = write_legacy(folder, make_model(odd), odd, extra=lambda _: root)
+    with contextlib.suppress(MconvError):
+        ckpt = open_checkpoint(where)
+        to_hf(ckpt, vocab_size=16)
+    shutil.rmtree(folder)
 
 
 # -- vocabulary ------------------------------------------------------------------------------------
