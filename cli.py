@@ -17,6 +17,7 @@ from .errors import MconvError, did_you_mean
 
 # name -> one-line help, so that listing the commands imports none of them
 _COMMANDS = {
+    "demo": "Train, merge, export, quantize and prove a tiny model on this machine.",
     "inspect": "Show what a checkpoint is: format, layout, tensors, what is missing.",
     "reshard": "Merge or reshard a checkpoint into another layout.",
     "to-gguf": "Convert a checkpoint of any layout to GGUF.",

@@ -34,6 +34,10 @@ class QuantError(MconvError):
     """A tensor cannot be quantized as asked (shape, NaN, missing importance matrix)."""
 
 
+class TrainError(MconvError):
+    """A training process failed."""
+
+
 class OutputError(MconvError):
     """The output cannot be written: it exists, the disk is full, the path is wrong."""
 

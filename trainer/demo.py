@@ -1,0 +1,291 @@
+"""The whole way on one small machine: train sharded, merge, export, quantize, prove.
+
+A tiny Llama learns a bundled text by heart with FSDP2 on a few CPU processes; what comes out is a
+sharded checkpoint with its optimizer, a Hugging Face folder, GGUF files and a Modelfile. The run is
+an ordinary one: its configuration stays in ``run.toml``.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
+
+from ..convert.llamacpp import have_llamacpp
+from ..convert.quantize import quantize_gguf
+from ..convert.reshard import reshard
+from ..convert.to_gguf import to_gguf
+from ..errors import ConfigError, OutputError
+from ..shardio import open_checkpoint
+from ..shardio.report import Inspection, inspect_checkpoint
+from .config import (
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    SaveConfig,
+    ScheduleConfig,
+    TrainConfig,
+    dump_config,
+)
+from .data import write_tokens
+from .launch import launch
+from .metrics import StepMetrics, read_metrics
+from .proof import (
+    Proof,
+    gguf_equals_model,
+    llamacpp_says_the_same,
+    merged_equals_shards,
+    merged_equals_torch,
+)
+from .tokenizer import encode_documents, load_tokenizer, train_tokenizer
+
+TARGETS = ("Q8_0", "Q4_K_M")
+PROMPT = "The lighthouse at"
+STEPS = 80
+_PIECES = 512
+_BATCH = 8
+_NAME = "lighthouse"
+_RUN_FILE = "run.toml"
+_SAMPLE_TOKENS = 96
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A finished stage: what was made, and how long it took."""
+
+    name: str
+    detail: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class DemoReport:
+    """Everything the demo did.
+
+    Attributes:
+        folder: where it lies.
+        stages: in order.
+        inspection: what ``mconv inspect`` says of the sharded checkpoint.
+        metrics: one entry per training step.
+        proofs: every claim, proven or not.
+        prompt, text: a greedy sample of the trained model.
+        files: GGUF name to bytes.
+    """
+
+    folder: Path
+    stages: tuple[Stage, ...]
+    inspection: Inspection
+    metrics: tuple[StepMetrics, ...]
+    proofs: tuple[Proof, ...]
+    prompt: str
+    text: str
+    files: dict[str, int]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every proof holds."""
+        return all(proof.ok for proof in self.proofs)
+
+
+#: What a listener is told of: finished stages, training steps, the sharded checkpoint, proofs.
+Event = Stage | StepMetrics | Inspection | Proof
+Listener = Callable[[Event], None]
+
+
+def demo(
+    folder: str | Path,
+    *,
+    steps: int = STEPS,
+    processes: int = 2,
+    force: bool = False,
+    listener: Listener | None = None,
+) -> DemoReport:
+    """Train, merge, export, quantize and prove a tiny model.
+
+    Args:
+        folder: for everything that is made; new or empty.
+        steps: training steps; the text is known by heart after about 60.
+        processes: ranks of the sharded training.
+        force: replace what an earlier demo left in ``folder``.
+        listener: told of progress.
+
+    Raises:
+        ConfigError: torch is missing, or the numbers do not fit.
+        OutputError: the folder holds something else.
+        TrainError: a rank failed.
+    """
+    if find_spec("torch") is None:
+        raise ConfigError("training needs torch: pip install 'mconv[train]'")
+    return _Demo(Path(folder).resolve(), listener or (lambda _: None)).run(steps, processes, force)
+
+
+def documents() -> list[str]:
+    """Return the bundled text: paragraphs about four lighthouses."""
+    text = (files(__package__) / "texts" / "lighthouses.txt").read_text(encoding="utf-8")
+    return [paragraph.strip() for paragraph in text.split("\n\n")]
+
+
+class _Demo:
+    """The stages, one method each, over the folders they share."""
+
+    def __init__(self, folder: Path, listener: Listener) -> None:
+        self.folder = folder
+        self.tell = listener
+        self.tokenizer = folder / "tokenizer"
+        self.logs = folder / "run"
+        self.merged = folder / "merged"
+        self.stages: list[Stage] = []
+        self.proofs: list[Proof] = []
+        self._since = time.monotonic()
+
+    def run(self, steps: int, processes: int, force: bool) -> DemoReport:
+        config = self._config(steps, processes)
+        self._clear(force)
+        self._tokenize(config)
+        shards = self._train(config, processes)
+        inspection = inspect_checkpoint(open_checkpoint(shards))
+        self.tell(inspection)
+        self._merge(shards)
+        ggufs = self._export()
+        text = self._prove(shards, ggufs)
+        return DemoReport(
+            self.folder,
+            tuple(self.stages),
+            inspection,
+            tuple(read_metrics(self.logs)),
+            tuple(self.proofs),
+            PROMPT,
+            text,
+            {path.name: path.stat().st_size for path in ggufs},
+        )
+
+    def _config(self, steps: int, processes: int) -> RunConfig:
+        batch = -(-_BATCH // processes) * processes  # the next multiple
+        return RunConfig(
+            model=ModelConfig(
+                vocab_size=_PIECES,
+                hidden_size=256,
+                intermediate_size=768,
+                num_hidden_layers=4,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=256,
+            ),
+            train=TrainConfig(steps=steps, seq_len=128, batch=batch, threads=1),
+            optim=OptimConfig(lr=2e-3),
+            schedule=ScheduleConfig(warmup=10),
+            data=DataConfig(tokens=self.folder / "tokens.npy", tokenizer=self.tokenizer),
+            save=SaveConfig(folder=self.logs),
+        )
+
+    def _clear(self, force: bool) -> None:
+        """Make the folder, or empty that of an earlier demo."""
+        if self.folder.exists() and not self.folder.is_dir():
+            raise OutputError(f"{self.folder}: is a file; choose another folder with --dir")
+        if self.folder.is_dir() and any(self.folder.iterdir()):
+            if not (self.folder / _RUN_FILE).is_file():
+                raise OutputError(f"{self.folder}: is not empty; choose another folder with --dir")
+            if not force:
+                raise OutputError(
+                    f"{self.folder}: holds an earlier demo; replace it with --force, or choose "
+                    "another folder with --dir"
+                )
+            shutil.rmtree(self.folder)
+        self.logs.mkdir(parents=True)
+
+    def _tokenize(self, config: RunConfig) -> None:
+        texts = documents()
+        train_tokenizer(texts, self.tokenizer, _PIECES)
+        tokens = encode_documents(texts, self.tokenizer)
+        write_tokens(config.data.tokens, tokens)
+        self._done("tokenizer", f"{_PIECES} pieces from {len(texts)} texts, {len(tokens)} tokens")
+
+    def _train(self, config: RunConfig, processes: int) -> Path:
+        """Train, telling of every step as its metrics appear."""
+        from .checkpoint import step_folder
+
+        run = self.folder / _RUN_FILE
+        run.write_text(dump_config(config, self.folder), encoding="utf-8")
+        told = 0
+
+        def follow() -> None:
+            nonlocal told
+            for metrics in read_metrics(self.logs)[told:]:
+                self.tell(metrics)
+                told += 1
+
+        launch(run, self.logs, processes, follow)
+        first, last = (read_metrics(self.logs)[i].loss for i in (0, -1))
+        self._done(
+            "train",
+            f"{config.train.steps} steps on {processes} processes, loss {first:.2f} -> {last:.3f}",
+        )
+        return step_folder(self.logs, config.train.steps)
+
+    def _merge(self, shards: Path) -> None:
+        report = reshard(shards, self.merged)
+        detail = f"{report.parameters:,} parameters in {report.tensors} tensors, safetensors"
+        self._done("merge", detail)
+
+    def _export(self) -> list[Path]:
+        exact = self.folder / f"{_NAME}-F32.gguf"
+        to_gguf(self.merged, exact, "f32", name=_NAME.capitalize())
+        self._done("to-gguf", exact.name)
+        report = quantize_gguf(exact, self.folder / f"{_NAME}-{{type}}.gguf", TARGETS)
+        small = [path for output in report.outputs for path in output.files]
+        self._done("quantize", ", ".join(path.name for path in small))
+        (self.folder / "Modelfile").write_text(modelfile(small[0].name), encoding="utf-8")
+        self._done("Modelfile", f"FROM ./{small[0].name}")
+        return [exact, *small]
+
+    def _prove(self, shards: Path, ggufs: Sequence[Path]) -> str:
+        """Prove everything and return the sample."""
+        from .checkpoint import load_model
+        from .mesh import one_thread
+        from .sample import greedy
+
+        model = load_model(shards)
+        self._proven(merged_equals_shards(self.merged, shards))
+        self._proven(merged_equals_torch(self.merged, model))
+        for path in ggufs:
+            self._proven(gguf_equals_model(path, self.merged))
+        tokenizer = load_tokenizer(self.tokenizer)
+        prompt, stop = tokenizer.encode(PROMPT, add_bos=True), tokenizer.eos_id()
+        with one_thread():
+            said = greedy(model, prompt, _SAMPLE_TOKENS, stop)
+        if have_llamacpp():
+            self._proven(llamacpp_says_the_same(ggufs[0], prompt, *said, _SAMPLE_TOKENS, stop))
+        detail = f"{sum(p.ok for p in self.proofs)} of {len(self.proofs)} proofs hold"
+        if not have_llamacpp():
+            detail += "; llama.cpp was not asked (pip install xllamacpp to do so)"
+        self._done("prove", detail)
+        return str(tokenizer.decode([*prompt, *said[0]]))
+
+    def _done(self, name: str, detail: str) -> None:
+        now = time.monotonic()
+        self.stages.append(Stage(name, detail, now - self._since))
+        self._since = now
+        self.tell(self.stages[-1])
+
+    def _proven(self, proof: Proof) -> None:
+        self.proofs.append(proof)
+        self.tell(proof)
+
+
+def modelfile(gguf: str) -> str:
+    """Return the Modelfile of a model that was trained on plain text and has no chat format.
+
+    Args:
+        gguf: name of the file beside it.
+    """
+    return (
+        f"FROM ./{gguf}\n"
+        'TEMPLATE "{{ .Prompt }}"\n'
+        'PARAMETER stop "</s>"\n'
+        "PARAMETER temperature 0\n"
+    )
