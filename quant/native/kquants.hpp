@@ -30,7 +30,79 @@ MCONV_INLINE void put_two_bits(const Lanes& lanes, int offset, const VI* q) {
     scatter<16>(lanes, offset, words);
 }
 
-// ---- Q4_K, Q5_K ------------------------------------------------------------------------------
+// ---- Q2_K, Q4_K, Q5_K: scales and minima ---------------------------------------------------
+
+// The sub-blocks of a super-block, searched.
+template <int BITS>
+struct Searched {
+    static constexpr int size = BITS == 2 ? 16 : 32, count = 256 / size, top = (1 << BITS) - 1;
+    static constexpr int scale_top = BITS == 2 ? 15 : 63;
+    Asymmetric found[count];
+    VF scale[count], low[count], weight[count];
+};
+
+// Error weights of one sub-block without importance, and its search.
+template <int BITS>
+MCONV_INLINE Asymmetric search_plain(const VF* x) {
+    constexpr int size = Searched<BITS>::size, top = Searched<BITS>::top;
+    VF w[size], rms = BITS == 2 ? VF{} : sqrt(sum_squares<size>(x) / float(size));
+    for (int e = 0; e < size; ++e) w[e] = BITS == 2 ? abs(x[e]) : rms + abs(x[e]);
+    if (BITS == 2) return search_asymmetric<size, top, 15, true>(x, w, -0.5f, 0.1f);
+    if (BITS == 4) return search_asymmetric<size, top, 20, false>(x, w, -1.f, 0.1f);
+    return search_asymmetric<size, top, 15, false>(x, w, -0.5f, 0.1f);
+}
+
+template <int BITS>
+void search_sub_blocks(const Lanes& lanes, const Job& job, const VF* x, Searched<BITS>& s) {
+    constexpr int size = Searched<BITS>::size, top = Searched<BITS>::top;
+    VF importance[256], mean = {};
+    if (job.weights) {
+        gather<256>(lanes.weights, importance);
+        mean = (BITS == 2 ? 1.f : 2.f) * sum_squares<256>(x) / 256.f;
+    }
+    for (int j = 0; j < s.count; ++j) {
+        const VF* xs = x + size * j;
+        if (job.weights) {
+            VF w[size];
+            error_weights<size>(xs, importance + size * j, mean, w);
+            s.weight[j] = VF{};
+            for (int e = 0; e < size; ++e) s.weight[j] += w[e];
+            s.found[j] = search_asymmetric<size, top, 36, false>(xs, w, -0.9f, 0.05f);
+        } else {
+            s.found[j] = search_plain<BITS>(xs);
+        }
+        s.scale[j] = s.found[j].scale;
+        s.low[j] = s.found[j].minimum;
+    }
+}
+
+// Byte levels of non-negative values in units of the largest over TOP; returns that unit.
+template <int N, int TOP>
+MCONV_INLINE VF round_scales(const VF* value, VI* level) {
+    VF most = {};
+    for (int j = 0; j < N; ++j) most = larger(value[j], most);
+    VF up = select(most > 0.f, float(TOP) / most, VF{});
+    for (int j = 0; j < N; ++j) level[j] = nearest(up * value[j]) & 255;
+    return most / float(TOP);
+}
+
+// Quantize the scales and minima of a super-block; returns their units before rounding to half.
+template <int BITS>
+MCONV_INLINE void quantize_scales(const Job& job, const Searched<BITS>& s, VI* ls, VI* lm, VF* d,
+                                  VF* dmin) {
+    constexpr int count = Searched<BITS>::count, top = Searched<BITS>::scale_top;
+    *d = job.weights ? search_positive<count, top>(s.scale, s.weight, ls)
+                     : round_scales<count, top>(s.scale, ls);
+    *dmin = job.weights ? search_positive<count, top>(s.low, s.weight, lm)
+                        : round_scales<count, top>(s.low, lm);
+    // The reference clamps in these cases only; elsewhere a wrapped level spills into neighbours.
+    if (BITS == 5 || (BITS == 4 && !job.weights)) {
+        for (int j = 0; j < count; ++j) {
+            ls[j] = min(ls[j], splat(top));
+            lm[j] = min(lm[j], splat(top));
+        }
+    }
+}
 
 // Six-bit scales and minima of 8 sub-blocks in 12 bytes; both become what a reader unpacks.
 MCONV_INLINE void put_six_bits(const Lanes& lanes, int offset, VI* scale, VI* low) {
@@ -51,79 +123,37 @@ MCONV_INLINE void put_six_bits(const Lanes& lanes, int offset, VI* scale, VI* lo
     scatter<3>(lanes, offset, words);
 }
 
+// One bit per element: bit k of byte m belongs to element 32k + m.
+MCONV_INLINE void put_bit_plane(const Lanes& lanes, int offset, const VI* q, int shift) {
+    VI words[8];
+    for (int i = 0; i < 8; ++i) {
+        VI b[4];
+        for (int k = 0; k < 4; ++k) {
+            b[k] = VI{};
+            for (int j = 0; j < 8; ++j) b[k] |= (q[32 * j + 4 * i + k] >> shift) << j;
+        }
+        words[i] = word(b[0], b[1], b[2], b[3]);
+    }
+    scatter<8>(lanes, offset, words);
+}
+
 template <int BITS>
 void encode_q45_k(Job& job) {
-    constexpr int top = (1 << BITS) - 1;
-    constexpr int bytes = BITS == 4 ? 144 : 176;
-    for_groups<256, bytes>(job, [&](const Lanes& lanes) {
-        VF x[256], scale[8], low[8], sum_w[8];
-        Asymmetric found[8];
+    for_groups<256, BITS == 4 ? 144 : 176>(job, [&](const Lanes& lanes) {
+        VF x[256], d, dmin;
+        VI ls[8], lm[8], q[256], words[32];
+        Searched<BITS> s;
         gather<256>(lanes.x, x);
-        VF importance[256], mean = {};
-        if (job.weights) {
-            gather<256>(lanes.weights, importance);
-            mean = 2.f * sum_squares<256>(x) / 256.f;
-        }
-        for (int j = 0; j < 8; ++j) {
-            const VF* xs = x + 32 * j;
-            VF w[32];
-            sum_w[j] = VF{};
-            if (job.weights) {
-                error_weights<32>(xs, importance + 32 * j, mean, w);
-                for (int e = 0; e < 32; ++e) sum_w[j] += w[e];
-                found[j] = search_asymmetric<32, top, 36, false>(xs, w, -0.9f, 0.05f);
-            } else {
-                VF rms = sqrt(sum_squares<32>(xs) / 32.f);
-                for (int e = 0; e < 32; ++e) w[e] = rms + abs(xs[e]);
-                found[j] = BITS == 4 ? search_asymmetric<32, top, 20, false>(xs, w, -1.f, 0.1f)
-                                     : search_asymmetric<32, top, 15, false>(xs, w, -0.5f, 0.1f);
-            }
-            scale[j] = found[j].scale;
-            low[j] = found[j].minimum;
-        }
-        VI ls[8], lm[8];
-        VF d, dmin;
-        if (job.weights) {
-            d = search_positive<8, 63>(scale, sum_w, ls);
-            dmin = search_positive<8, 63>(low, sum_w, lm);
-        } else {
-            VF max_scale = {}, max_low = {};
-            for (int j = 0; j < 8; ++j) {
-                max_scale = larger(scale[j], max_scale);
-                max_low = larger(low[j], max_low);
-            }
-            VF up = select(max_scale > 0.f, 63.f / max_scale, VF{});
-            VF up_low = select(max_low > 0.f, 63.f / max_low, VF{});
-            for (int j = 0; j < 8; ++j) {
-                ls[j] = nearest(up * scale[j]) & 255;
-                lm[j] = nearest(up_low * low[j]) & 255;
-            }
-            d = max_scale / 63.f;
-            dmin = max_low / 63.f;
-        }
-        if (BITS == 5 || !job.weights)
-            for (int j = 0; j < 8; ++j) ls[j] = min(ls[j], splat(63)), lm[j] = min(lm[j], splat(63));
+        search_sub_blocks<BITS>(lanes, job, x, s);
+        quantize_scales<BITS>(job, s, ls, lm, &d, &dmin);
         d = put_half(lanes, 0, d, job);
         dmin = put_half(lanes, 2, dmin, job);
         put_six_bits(lanes, 4, ls, lm);
-        VI q[256];
-        for (int j = 0; j < 8; ++j) {
-            VF ds = d * to_float(ls[j]), ms = dmin * to_float(lm[j]);
-            requantize_positive<32, top>(x + 32 * j, ds, ms, found[j], q + 32 * j);
-        }
-        if (BITS == 5) {
-            VI words[8];
-            for (int i = 0; i < 8; ++i) {
-                VI b[4];
-                for (int k = 0; k < 4; ++k) {
-                    b[k] = VI{};
-                    for (int j = 0; j < 8; ++j) b[k] |= (q[32 * j + 4 * i + k] >> 4) << j;
-                }
-                words[i] = word(b[0], b[1], b[2], b[3]);
-            }
-            scatter<8>(lanes, 16, words);
-        }
-        VI words[32];
+        for (int j = 0; j < 8; ++j)
+            requantize_positive<32, (1 << BITS) - 1>(x + 32 * j, d * to_float(ls[j]),
+                                                     dmin * to_float(lm[j]), s.found[j],
+                                                     q + 32 * j);
+        if (BITS == 5) put_bit_plane(lanes, 16, q, 4);
         for (int i = 0; i < 32; ++i) {
             const VI *a = q + (i / 8) * 64 + (i % 8) * 4, *b = a + 32;
             words[i] = word((a[0] & 15) | (b[0] & 15) << 4, (a[1] & 15) | (b[1] & 15) << 4,
@@ -133,62 +163,23 @@ void encode_q45_k(Job& job) {
     });
 }
 
-// ---- Q2_K ------------------------------------------------------------------------------------
-
 inline void encode_q2_k(Job& job) {
     for_groups<256, 84>(job, [&](const Lanes& lanes) {
-        VF x[256], scale[16], low[16], sum_w[16];
-        Asymmetric found[16];
+        VF x[256], d, dmin;
+        VI ls[16], lm[16], packed[16], words[4], q[256];
+        Searched<2> s;
         gather<256>(lanes.x, x);
-        VF importance[256], mean = {};
-        if (job.weights) {
-            gather<256>(lanes.weights, importance);
-            mean = sum_squares<256>(x) / 256.f;
-        }
-        for (int j = 0; j < 16; ++j) {
-            const VF* xs = x + 16 * j;
-            VF w[16];
-            sum_w[j] = VF{};
-            if (job.weights) {
-                error_weights<16>(xs, importance + 16 * j, mean, w);
-                for (int e = 0; e < 16; ++e) sum_w[j] += w[e];
-                found[j] = search_asymmetric<16, 3, 36, false>(xs, w, -0.9f, 0.05f);
-            } else {
-                for (int e = 0; e < 16; ++e) w[e] = abs(xs[e]);
-                found[j] = search_asymmetric<16, 3, 15, true>(xs, w, -0.5f, 0.1f);
-            }
-            scale[j] = found[j].scale;
-            low[j] = found[j].minimum;
-        }
-        VI ls[16], lm[16];
-        VF d = {}, dmin = {};
-        if (job.weights) {
-            d = search_positive<16, 15>(scale, sum_w, ls);
-            dmin = search_positive<16, 15>(low, sum_w, lm);
-        } else {
-            for (int j = 0; j < 16; ++j) {
-                d = larger(scale[j], d);
-                dmin = larger(low[j], dmin);
-            }
-            VF up = 15.f / d, up_low = 15.f / dmin;
-            for (int j = 0; j < 16; ++j) {
-                ls[j] = select(d > 0.f, nearest(up * scale[j]), VI{});
-                lm[j] = select(dmin > 0.f, nearest(up_low * low[j]), VI{});
-            }
-            d = d / 15.f;
-            dmin = dmin / 15.f;
-        }
-        VI packed[16], words[4], q[256];
+        search_sub_blocks<2>(lanes, job, x, s);
+        quantize_scales<2>(job, s, ls, lm, &d, &dmin);
         for (int j = 0; j < 16; ++j) packed[j] = (ls[j] | lm[j] << 4) & 255;
         for (int i = 0; i < 4; ++i)
             words[i] = word(packed[4 * i], packed[4 * i + 1], packed[4 * i + 2], packed[4 * i + 3]);
         scatter<4>(lanes, 0, words);
         d = put_half(lanes, 80, d, job);
         dmin = put_half(lanes, 82, dmin, job);
-        for (int j = 0; j < 16; ++j) {
-            VF ds = d * to_float(packed[j] & 15), ms = dmin * to_float(packed[j] >> 4);
-            requantize_positive<16, 3>(x + 16 * j, ds, ms, found[j], q + 16 * j);
-        }
+        for (int j = 0; j < 16; ++j)
+            requantize_positive<16, 3>(x + 16 * j, d * to_float(packed[j] & 15),
+                                       dmin * to_float(packed[j] >> 4), s.found[j], q + 16 * j);
         put_two_bits(lanes, 16, q);
     });
 }
@@ -294,16 +285,7 @@ inline void encode_q3_k(Job& job) {
             for (int e = 16 * j; e < 16 * j + 16; ++e)
                 q[e] = select(keep, q[e], clamp(nearest(x[e] / ds), -4, 3) + 4);
         }
-        VI words[8];
-        for (int i = 0; i < 8; ++i) {
-            VI b[4];
-            for (int k = 0; k < 4; ++k) {
-                b[k] = VI{};
-                for (int j = 0; j < 8; ++j) b[k] |= (q[32 * j + 4 * i + k] >> 2) << j;
-            }
-            words[i] = word(b[0], b[1], b[2], b[3]);
-        }
-        scatter<8>(lanes, 0, words);
+        put_bit_plane(lanes, 0, q, 2);
         put_two_bits(lanes, 32, q);
     });
 }

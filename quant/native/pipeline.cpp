@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstring>
 #include <memory>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -23,7 +24,11 @@ void parallel(int64_t count, int threads, const Work& work) {
         for (int64_t i; (i = next.fetch_add(1)) < count;) work(i);
     };
     std::vector<std::thread> pool;
-    for (int64_t t = 1; t < std::min<int64_t>(threads, count); ++t) pool.emplace_back(loop);
+    try {
+        for (int64_t t = 1; t < std::min<int64_t>(threads, count); ++t) pool.emplace_back(loop);
+    } catch (const std::system_error&) {
+        // No more threads to be had: those that started, and this one, do the work.
+    }
     loop();
     for (auto& t : pool) t.join();
 }

@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from mconv.errors import QuantError
-from mconv.quant import TYPES, dequantize, quantize, type_by_id, type_by_name
+from mconv.quant import TYPES, codec, dequantize, quantize, type_by_id, type_by_name
 
 EDGES = np.array(
     [0x00000000, 0x80000000, 0x3F800000, 0x3F808000, 0x3F818000, 0x3F807FFF, 0x3F808001,
@@ -16,6 +16,15 @@ EDGES = np.array(
      0x387FC000, 0x387FE000, 0x387FF000, 0x477FE000, 0x3F801000, 0x3F803000, 0x42F6E979],
     np.uint32,
 ).view(np.float32)  # fmt: skip
+
+
+@pytest.fixture(params=["native", "numpy"], autouse=True)
+def path(request, monkeypatch):
+    """Run every test with the compiled kernels and without."""
+    if request.param == "numpy":
+        monkeypatch.setattr(codec, "_native", lambda: None)
+    elif codec._native() is None:
+        pytest.skip("no compiled kernels installed")
 
 
 def test_table_agrees_with_gguf():
