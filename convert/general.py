@@ -6,15 +6,13 @@ uses, so that both write the same keys.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 from math import prod
 from pathlib import Path
 
 from ..errors import ConfigError
+from ..shardio.assets import load_json
 from .gguf.values import KeyValue, ValueType
-
-logger = logging.getLogger(__name__)
 
 
 def general_entries(
@@ -49,11 +47,24 @@ def general_entries(
         metadata.name = folder.name or architecture
     if metadata.size_label is None and total > 0:
         metadata.size_label = gguf.size_label(total, shared, experts, count)
+    if metadata.sampling_penalty_repeat is None:
+        metadata.sampling_penalty_repeat = _repetition_penalty(folder)
     # a writer without a file only collects the entries
     writer = gguf.GGUFWriter(path=None, arch=architecture)
     writer.add_type(gguf.GGUFType.MODEL)
     metadata.set_gguf_meta_model(writer)
     return [_entry(key, value) for key, value in writer.kv_data[0].items()]
+
+
+def _repetition_penalty(folder: Path) -> float | None:
+    """Return ``repetition_penalty`` of the generation settings; gguf before 0.20 overlooks it."""
+    path = folder / "generation_config.json"
+    try:
+        settings = load_json(path) if path.is_file() else {}
+    except ConfigError:
+        return None
+    value = settings.get("repetition_penalty") if isinstance(settings, dict) else None
+    return float(value) if isinstance(value, int | float) else None
 
 
 def _parameters(shapes: Iterable[tuple[str, tuple[int, ...]]]) -> tuple[int, int, int, int]:

@@ -147,6 +147,24 @@ def test_metadata_of_llama(models: dict[str, Path], tmp_path: Path) -> None:
     assert (np.diff(freqs) >= 0).all() and (freqs[1:-1] != freqs[0]).any()
 
 
+def test_model_card_and_generation_settings(models: dict[str, Path], tmp_path: Path) -> None:
+    folder = copy(models["llama"], tmp_path / "My-Model-Instruct-v0.2")
+    card = "---\nlicense: mit\nlanguage:\n- en\nbase_model: org/Base-1B\ntags: [a, b]\n---\ntext\n"
+    (folder / "README.md").write_text(card)
+    settings = {"temperature": 0.6, "top_k": 20, "repetition_penalty": 1.05}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    to_gguf(folder, tmp_path / "m.gguf", "q8_0")
+    found = open_gguf(tmp_path / "m.gguf")
+    assert found["general.license"] == "mit"
+    assert list(found["general.tags"]) == ["a", "b"] and list(found["general.languages"]) == ["en"]
+    assert found["general.base_model.0.name"] == "Base 1B"
+    assert (found["general.finetune"], found["general.version"]) == ("Instruct", "v0.2")
+    assert found["general.sampling.top_k"] == 20
+    assert found["general.sampling.penalty_repeat"] == np.float32(1.05)
+    (folder / "README.md").write_text("---\na: [\n---\n")
+    refused(folder, tmp_path / "x.gguf", ConfigError, "README.md")
+
+
 def test_yarn_metadata(models: dict[str, Path], tmp_path: Path) -> None:
     to_gguf(models["qwen2-yarn"], tmp_path / "m.gguf")
     found = open_gguf(tmp_path / "m.gguf")
