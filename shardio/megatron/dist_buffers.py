@@ -1,17 +1,21 @@
 """The default ``dp_reshardable`` optimizer layout: flat buffers per model-parallel rank, no names.
 
 Keys ``optimizer.distributed.dp_group_idx_M.gbuf_idx_G.dtype_(..).bucket_idx_B.<state>``; M counts
-model-parallel ranks (tp fastest), G model chunks. Which parameter lies where follows from the order
-of the modules, which depends on the layer spec; the saved chunks end at every parameter's end, so a
-wrong guess is noticed. Source: ``megatron/core/optimizer/distrib_optimizer.py``.
+model-parallel ranks (tp fastest), G model chunks; experts have an optimizer of their own
+(``chained_1.``). Which parameter lies where follows from the order of the modules (see
+``module_order``); the saved chunks end at every parameter's end, so a wrong guess is noticed.
+Source: ``megatron/core/optimizer/distrib_optimizer.py``.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
-from ...errors import LayoutError, UnsupportedError
+import numpy as np
+
+from ...errors import FormatError, LayoutError, UnsupportedError
 from ..box import Index
 from ..checkpoint import Tensors
 from ..chunked import Chunked
@@ -19,29 +23,34 @@ from ..tensor import LazyTensor
 from .buffers import Param, spans_of, unflatten
 from .cuts import Facts, placement_of
 from .merge import EMBEDDING, HEAD, RankPart, World, assemble, collect
-from .names import is_parameter, layer_of
+from .module_order import Order, dense_orders, expert_orders
+from .names import expert_of, is_expert, is_parameter, layer_of, shift_expert
 from .settings import Sizes, number
 
 BUFFER = re.compile(
-    r"^(?:chained_\d+\.)?optimizer\.distributed\.dp_group_idx_(\d+)\."
+    r"^(?:chained_(\d+)\.)?optimizer\.distributed\.dp_group_idx_(\d+)\."
     r"(?:gbuf_idx_(\d+)\.dtype_\((.+?), (.+?)\)\.bucket_idx_(\d+)\.(param|exp_avg|exp_avg_sq)$)?"
 )
 _STATES = {"param": "master", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
 
-# Order of a layer's parameters, by what comes after ``decoder.layers.N.``. Transformer Engine
-# fuses norms into the linear behind them.
-_LOCAL = (
-    "input_layernorm", "self_attention.linear_proj", "self_attention.linear_qkv",
-    "self_attention.q_layernorm", "self_attention.k_layernorm", "pre_mlp_layernorm",
-    "mlp.linear_fc1", "mlp.linear_fc2",
-)  # fmt: skip
-_FUSED = (
-    "self_attention.linear_proj", "input_layernorm", "self_attention.linear_qkv",
-    "self_attention.q_layernorm", "self_attention.k_layernorm", "pre_mlp_layernorm",
-    "mlp.linear_fc1", "mlp.linear_fc2",
-)  # fmt: skip
+States = Mapping[str, Mapping[int, Chunked]]  # state to bucket number to flat tensor
 
-Buckets = dict[tuple[int, int], dict[str, dict[int, Chunked]]]  # (M, G) to state to bucket
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Flat buffers of one model chunk on one model-parallel rank: dense ones, or its experts'."""
+
+    expert: bool
+    tp: int
+    ep: int
+    pp: int
+    chunk: int
+    states: dict[str, dict[int, Chunked]] = field(default_factory=dict)
+
+    @property
+    def where(self) -> str:
+        kind = f"experts of rank {self.ep}" if self.expert else "dense parameters"
+        return f"flat buffer of the {kind}, tensor rank {self.tp}, stage {self.pp}"
 
 
 def from_buffers(
@@ -52,44 +61,50 @@ def from_buffers(
     Raises:
         UnsupportedError: models or layouts whose buffer order is not known with certainty.
     """
-    if sizes.ep > 1 or any(".mlp.experts." in name for name in weights):
-        raise UnsupportedError("flat buffers of a model with experts (dp_reshardable)")
-    buckets = _buckets(tensors)
     tied = HEAD not in weights
+    experts = 1 + max((expert_of(name) or 0 for name in weights), default=0)
+    local = max(1, experts // sizes.ep)
+    world = World(sizes, args, 3.0, {}, local, tied)
     parts: dict[str, list[RankPart]] = {}
-    for (group, gbuf), states in buckets.items():
-        tp, pp = group % sizes.tp, group // sizes.tp
-        if pp >= sizes.pp or gbuf >= sizes.vpp:
-            raise UnsupportedError(f"buffer {gbuf} of group {group} for PP={sizes.pp}")
-        names = list(_stage(weights, pp, gbuf, args, sizes, tied))
-        split = _assign(states, _params(names, weights, args, sizes, gbuf), args)
-        for state, found in split.items():
-            where = f"dp_group_idx_{group}.gbuf_idx_{gbuf}"
-            parts.setdefault(state, []).append(RankPart(tp, pp, 0, gbuf, where, found))
-    world = World(sizes, args, 3.0, {}, 0, tied)
+    for group in _groups(tensors, sizes):
+        names = [
+            n
+            for n in _stage(weights, group.pp, group.chunk, args, sizes, tied)
+            if is_expert(n) == group.expert
+            and (not group.expert or (expert_of(n) or 0) // local == group.ep)
+        ]
+        found = _assign(group, names, weights, world)
+        for state, named in found.items():
+            part = RankPart(group.tp, group.pp, group.ep, group.chunk, group.where, named)
+            parts.setdefault(state, []).append(part)
     try:
         return {s: assemble(collect(ranks, world), world).tensors for s, ranks in parts.items()}
-    except LayoutError as e:
+    except (FormatError, LayoutError) as e:
         raise UnsupportedError(str(e)) from e
 
 
-def _buckets(tensors: Mapping[str, Chunked]) -> Buckets:
-    found: Buckets = {}
+def _groups(tensors: Mapping[str, Chunked], sizes: Sizes) -> list[_Group]:
+    """Sort the keys; the first number counts (tp, pp), for experts (etp, ep, pp), first fastest."""
+    found: dict[tuple[int, int, int], _Group] = {}
     types = set()
     for key, tensor in tensors.items():
         m = BUFFER.match(key)
         if not m:
             continue
-        if m[2] is None or tensor.ndim != 1:
+        if m[3] is None or tensor.ndim != 1:
             raise UnsupportedError(f"optimizer key {key}")
-        types.add(m[3])
-        states = found.setdefault((int(m[1]), int(m[2])), {})
-        states.setdefault(_STATES[m[6]], {})[int(m[5])] = tensor
+        types.add(m[4])
+        expert, rank, chunk = int(m[1] or 0) == 1, int(m[2]), int(m[3])
+        tp = sizes.etp if expert else sizes.tp
+        ep = sizes.ep if expert else 1
+        group = _Group(expert, rank % tp, rank // tp % ep, rank // (tp * ep), chunk)
+        if int(m[1] or 0) > 1 or group.pp >= sizes.pp or chunk >= sizes.vpp:
+            raise UnsupportedError(f"optimizer key {key} (with PP={sizes.pp}, VPP={sizes.vpp})")
+        group = found.setdefault((int(expert), rank, chunk), group)
+        group.states.setdefault(_STATES[m[7]], {})[int(m[6])] = tensor
     if len(types) > 1:
-        raise UnsupportedError(
-            f"flat buffers of several element types ({', '.join(sorted(types))})"
-        )
-    return found
+        raise UnsupportedError(f"flat buffers of several element types: {', '.join(sorted(types))}")
+    return list(found.values())
 
 
 def _stage(
@@ -145,65 +160,47 @@ def _layers(args: Mapping[str, object], sizes: Sizes) -> dict[tuple[int, int], r
     return out
 
 
-def _params(
-    names: Sequence[str],
-    weights: Tensors,
-    args: Mapping[str, object],
-    sizes: Sizes,
-    chunk: int,
-) -> list[Param]:
+def _assign(
+    group: _Group, names: Sequence[str], weights: Tensors, world: World
+) -> dict[str, dict[str, LazyTensor]]:
+    """Name the pieces of a buffer by the order whose parameters end where saved chunks end."""
+    args = world.args
+    for order in expert_orders(args) if group.expert else dense_orders(args):
+        shapes = _local_shapes(group, names, weights, world, order)
+        ordered = order.arrange(shapes, world.local_experts)
+        if ordered is None:
+            continue
+        params = [Param(n, s, np.dtype(np.float32), group.chunk, False) for n, s in ordered]
+        named = {state: _fit(buckets, params) for state, buckets in group.states.items()}
+        if all(named.values()):
+            return {state: found for state, found in named.items() if found is not None}
+    raise UnsupportedError(f"{group.where}: no known order of modules fits the saved chunks")
+
+
+def _local_shapes(
+    group: _Group, names: Sequence[str], weights: Tensors, world: World, order: Order
+) -> dict[str, Index]:
+    """Shapes on a rank, by names with local expert numbers."""
+    count = world.sizes.etp if group.expert else world.sizes.tp
     whole = {n: weights[EMBEDDING if n == HEAD and n not in weights else n] for n in names}
-    shapes: dict[str, Index] = {}
-    for name, tensor in whole.items():  # what a rank holds of the MLP tells how fc1 is cut
-        rows = tensor.shape[0] // sizes.tp
-        if ".linear_fc1." in name:
-            shapes[name] = (rows, *tensor.shape[1:])
+    hints: dict[str, Index] = {}
+    for name, tensor in whole.items():  # what the rules look at: the MLP and latent projections
+        rows, rest = tensor.shape[0], tensor.shape[1:]
+        if ".linear_fc1." in name or (order.cuts_latent and "_down_proj." in name):
+            hints[name] = (rows // count, *rest)
         elif name.endswith(".linear_fc2.weight"):
-            shapes[name] = (tensor.shape[0], tensor.shape[1] // sizes.tp)
-    params = []
+            hints[name] = (rows, rest[0] // count)
+        else:
+            hints[name] = tensor.shape
+    shapes = {}
     for name, tensor in whole.items():
         try:
-            placement = placement_of(Facts(name, sizes.tp, shapes, args))
-            local = placement.cut(tensor, 0, sizes.tp).shape
+            placement = placement_of(Facts(name, count, hints, world.args))
+            own = placement.cut(tensor, 0, count).shape
         except LayoutError as e:
-            raise UnsupportedError(f"flat buffers: {e}") from e
-        params.append(Param(name, local, tensor.dtype, chunk, False))
-    return params
-
-
-def _order(name: str, spec: Sequence[str]) -> tuple[int, int, int, int]:
-    """Position of a parameter in ``named_parameters()``; raises KeyError for unknown modules."""
-    bias = int(name.endswith(".bias"))
-    layer = layer_of(name)
-    if layer is not None:
-        module = name.split(".", 3)[3].rpartition(".")[0]
-        if module not in spec:
-            raise KeyError(module)
-        return 1, layer, spec.index(module), bias
-    outside = ("embedding.word", "embedding.position", "embedding.tokentype")
-    if name.startswith("embedding."):
-        return 0, next((k for k, p in enumerate(outside) if name.startswith(p)), 3), 0, bias
-    return 2, int(name.startswith("output_layer")), 0, bias
-
-
-def _assign(
-    states: Mapping[str, Mapping[int, Chunked]],
-    params: Sequence[Param],
-    args: Mapping[str, object],
-) -> dict[str, dict[str, LazyTensor]]:
-    """Name the pieces of one buffer by the spec whose parameters end where saved chunks end."""
-    specs = (_LOCAL, _FUSED) if args.get("transformer_impl") == "local" else (_FUSED, _LOCAL)
-    reason = "no known order of modules fits the saved chunks"
-    for spec in specs:
-        try:
-            ordered = sorted(params, key=lambda p: _order(p.name, spec), reverse=True)
-        except KeyError as e:
-            reason = f"the order of module {e} is not known"
-            continue
-        named = {s: _fit(buckets, ordered) for s, buckets in states.items()}
-        if all(named.values()):
-            return {s: found for s, found in named.items() if found is not None}
-    raise UnsupportedError(f"flat buffers: {reason}")
+            raise UnsupportedError(f"{group.where}: {e}") from e
+        shapes[shift_expert(name, -group.ep * world.local_experts)] = own
+    return shapes
 
 
 def _fit(buckets: Mapping[int, Chunked], ordered: Sequence[Param]) -> dict[str, LazyTensor] | None:

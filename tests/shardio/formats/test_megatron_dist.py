@@ -22,16 +22,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 from mconv.convert.naming import to_hf
 from mconv.errors import FormatError, LayoutError, MconvError
-from mconv.shardio.chunked import Chunked
-from mconv.shardio.megatron.dist_buffers import from_buffers
-from mconv.shardio.megatron.settings import Sizes
 from mconv.shardio.megatron.stacked import unstack
 from mconv.shardio.placement import Fused, Shard
 from mconv.shardio.registry import open_checkpoint
-from mconv.shardio.tensor import LazyTensor, concat, from_array
+from mconv.shardio.tensor import LazyTensor, from_array
 
 from .megatron_cases import Bomb, check_truth, copy_of, values
-from .megatron_writer import Plan, cut, make_model
 
 CASES = [
     *(
@@ -232,50 +228,6 @@ def test_checkpoint_without_args_asks_for_a_config(tmp_path: Path) -> None:
     assert any("--config" in w for w in ckpt.warnings)
     with pytest.raises(MconvError, match="--config"):
         to_hf(replace(ckpt, weights=dict(ckpt.weights)), model_type="llama")
-
-
-@pytest.mark.parametrize("impl", ["local", "transformer_engine"])
-@pytest.mark.parametrize("buckets", [1, 2])
-def test_flat_buffers_of_any_stage(impl: str, buckets: int) -> None:
-    """dp_reshardable: parameters in reverse module order, gaps as chunks of their own."""
-    plan = Plan(tp=2, pp=2, counts=(1, 2), tied=True)
-    model = make_model(plan)
-    tensors: dict[str, Chunked] = {}
-    norm_first = impl == "local"
-    for group in range(4):
-        t, p = group % 2, group // 2
-        stage = [i for i in range(3) if (i >= 1) == (p == 1)]
-        names = ["embedding.word_embeddings.weight"] if p == 0 else []
-        for i in stage:
-            at = f"decoder.layers.{i}."
-            attention = [at + "self_attention.linear_proj.weight", at + QKV]
-            norm = at + "input_layernorm.weight"
-            names += [norm, *attention] if norm_first else [attention[0], norm, attention[1]]
-            names += [at + f"{n}.weight" for n in ("pre_mlp_layernorm", "mlp.linear_fc1")]
-            names += [at + "mlp.linear_fc2.weight"]
-        names += ["decoder.final_layernorm.weight", "output_layer.weight"] if p == 1 else []
-        ordered = names[::-1]
-        middle = len(ordered) // 2 if buckets == 2 else len(ordered)
-        for b, part in enumerate([ordered[:middle], ordered[middle:]][:buckets]):
-            pieces: list[torch.Tensor] = []
-            for name in part:
-                used = sum(len(x) for x in pieces)
-                source = "embedding.word_embeddings.weight" if "output" in name else name
-                pieces += [torch.zeros(-used % 64)] * bool(used % 64)
-                pieces.append(cut(name, model[source], t, 2).flatten())
-            flat = concat([from_array(x.numpy()) for x in pieces])
-            assert isinstance(flat, Chunked)
-            prefix = f"optimizer.distributed.dp_group_idx_{group}.gbuf_idx_0."
-            kind = f"dtype_(torch.bfloat16, torch.float32).bucket_idx_{b}"
-            tensors |= {f"{prefix}{kind}.{s}": flat for s in ("param", "exp_avg", "exp_avg_sq")}
-    weights = lazy(model)
-    args = {"transformer_impl": impl, "decoder_first_pipeline_num_layers": 1}
-    found = from_buffers(tensors, weights, args, Sizes(tp=2, pp=2, layers=3))
-    assert set(found) == {"master", "exp_avg", "exp_avg_sq"}
-    for state in found.values():
-        assert set(state) == set(model)
-        for name, expected in model.items():
-            assert np.array_equal(values(state[name]), expected.numpy()), name
 
 
 # -- broken checkpoints ----------------------------------------------------------------------------
