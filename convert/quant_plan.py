@@ -176,7 +176,7 @@ def require_importance(plan: TargetPlan) -> None:
     )
 
 
-def uncovered(plan: TargetPlan, sources: Sequence[SourceTensor], matrix: ImportanceMatrix) -> str:
+def _uncovered(plan: TargetPlan, sources: Sequence[SourceTensor], matrix: ImportanceMatrix) -> str:
     """Return a warning about tensors that are encoded without importance, or an empty string."""
     origin = {s.name: s.origin for s in sources}
     bare = [
@@ -190,6 +190,26 @@ def uncovered(plan: TargetPlan, sources: Sequence[SourceTensor], matrix: Importa
     if not bare:
         return ""
     return f"{plan.target.name}: the importance matrix has no entry for {listed(bare)}"
+
+
+def plan_warnings(
+    plans: Sequence[TargetPlan], sources: Sequence[SourceTensor], matrix: ImportanceMatrix | None
+) -> tuple[str, ...]:
+    """Return what a user should know: missing importance, types that were replaced."""
+    out = []
+    if matrix is not None:
+        problem = matrix.mismatch([s.origin for s in sources])
+        if problem:
+            out.append(problem)
+        else:
+            out += filter(None, (_uncovered(plan, sources, matrix) for plan in plans))
+    for plan in plans:
+        odd = [t.name for t in plan.tensors if "do not fit" in t.note]
+        if odd:
+            out.append(f"{plan.target.name}: {len(odd)} tensors got another type: {listed(odd)}")
+        if plan.unmet:
+            out.append(f"{plan.target.name}: needs an importance matrix for {listed(plan.unmet)}")
+    return tuple(out)
 
 
 def listed(names: Sequence[str]) -> str:

@@ -28,10 +28,9 @@ from .quant_plan import (
     PlannedTensor,
     SourceTensor,
     TargetPlan,
-    listed,
     plan_targets,
+    plan_warnings,
     require_importance,
-    uncovered,
 )
 
 _FILE_TYPE = "general.file_type"
@@ -153,28 +152,56 @@ def quantize_gguf(
     return report
 
 
-def output_names(src: Path, out: Path, targets: Sequence[Target]) -> tuple[Path, list[str]]:
+def output_names(stem: str, out: Path, targets: Sequence[str]) -> tuple[Path, list[str]]:
     """Return the output folder and one file name per target.
 
     ``{type}`` in the name stands for the target. Without it, several targets get ``-TARGET``
-    before ``.gguf``; a folder gets ``SOURCE-TARGET.gguf``.
+    before ``.gguf``; a folder gets ``STEM-TARGET.gguf``.
 
     Raises:
         ConfigError: the name has no ``.gguf`` ending.
     """
     if out.is_dir():
-        stem = src.name.removesuffix(".gguf")
-        return out, [f"{stem}-{t.name}.gguf" for t in targets]
+        return out, [f"{stem}-{target}.gguf" for target in targets]
     if not out.name.endswith(".gguf"):
-        raise ConfigError(
-            f"{out}: the output of quantization is a .gguf file or an existing folder"
-        )
+        raise ConfigError(f"{out}: name a .gguf file, or an existing folder")
     if "{type}" in out.name:
-        return out.parent, [out.name.replace("{type}", t.name) for t in targets]
+        return out.parent, [out.name.replace("{type}", target) for target in targets]
     if len(targets) == 1:
         return out.parent, [out.name]
     stem = out.name.removesuffix(".gguf")
-    return out.parent, [f"{stem}-{t.name}.gguf" for t in targets]
+    return out.parent, [f"{stem}-{target}.gguf" for target in targets]
+
+
+def quantized_metadata(
+    entries: Sequence[KeyValue],
+    target: Target,
+    overrides: Sequence[str] = (),
+    matrix: ImportanceMatrix | None = None,
+) -> list[KeyValue]:
+    """Return a model's metadata with what quantization changes, in llama-quantize's order.
+
+    Args:
+        entries: of the model before.
+        target: what it is quantized to (``COPY`` keeps the file type).
+        overrides: ``KEY=TYPE:VALUE`` texts.
+        matrix: the importance matrix that was used.
+
+    Raises:
+        ConfigError: a bad override.
+    """
+    out = set_entry(entries, u32("general.quantization_version", _QUANTIZATION_VERSION))
+    if not target.copies:
+        out = set_entry(out, u32(_FILE_TYPE, target.file_type))
+    else:
+        for entry in [e for e in entries if e.key == _FILE_TYPE]:
+            out = set_entry(out, entry)
+    for text in overrides:
+        out = set_entry(out, parse_override(text))
+    if matrix is not None:
+        for entry in _imatrix_entries(matrix):
+            out = set_entry(out, entry)
+    return out
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,14 +227,14 @@ class _Run:
         wanted = _unique([parse_target(t) for t in targets])
         if options.keep_split and options.max_shard_size is not None:
             raise ConfigError("--keep-split and --max-shard-size exclude each other")
-        folder, names = output_names(src, out, wanted)
+        stem = src.name.removesuffix(".gguf")
+        folder, names = output_names(stem, out, [target.name for target in wanted])
         file = open_gguf(src)
         entries = without(file.entries.values(), SPLIT_KEYS)
-        for text in options.override_kv:
-            entries = set_entry(entries, parse_override(text))
-        facts = model_facts(entries)
+        overridden = [parse_override(text) for text in options.override_kv]
+        facts = model_facts([*entries, *overridden])
         pruning = Pruning.of(options.prune_layers, facts.layers)
-        matrix = _matrix(options)
+        matrix = chosen_matrix(options)
         sources = _sources(file, pruning)
         plans = plan_targets(
             sources,
@@ -224,29 +251,16 @@ class _Run:
 
     def files(self, plan: TargetPlan, name: str) -> list[OutFile]:
         """Plan the files of one output."""
-        metadata = self._metadata(plan.target)
+        metadata = self.pruning.entries(
+            quantized_metadata(self.entries, plan.target, self.options.override_kv, self.matrix),
+            self.architecture,
+        )
         alignment = self.file.alignment
         if self.options.keep_split:
             shards = self._like_source(plan.out)
         else:
             shards = cut_by_size(plan.out, self.options.max_shard_size, alignment)
         return plan_files(name, metadata, shards, alignment=alignment)
-
-    def _metadata(self, target: Target) -> list[KeyValue]:
-        """The source's metadata with what quantization changes, in llama-quantize's order."""
-        overridden = [text.partition("=")[0] for text in self.options.override_kv]
-        changed = {e.key: e for e in self.entries if e.key in overridden}
-        out = [e for e in self.entries if e.key not in changed]
-        out = set_entry(out, u32("general.quantization_version", _QUANTIZATION_VERSION))
-        file_type = self.file.get(_FILE_TYPE) if target.copies else target.file_type
-        if file_type is not None:
-            out = set_entry(out, u32(_FILE_TYPE, file_type))
-        for entry in changed.values():
-            out = set_entry(out, entry)
-        if self.matrix is not None:
-            for entry in _imatrix_entries(self.matrix):
-                out = set_entry(out, entry)
-        return self.pruning.entries(out, self.architecture)
 
     def _like_source(self, tensors: Sequence[OutTensor]) -> list[list[OutTensor]]:
         """Cut like the source files: the same tensors in each, in the source's order."""
@@ -274,7 +288,7 @@ class _Run:
         )
         infos = self.file.tensors.values()
         size, weights = sum(t.nbytes for t in infos), sum(prod(t.shape) for t in infos)
-        warnings = _warnings(self.plans, self.sources, self.matrix)
+        warnings = plan_warnings(self.plans, self.sources, self.matrix)
         return QuantizeReport(
             self.file.paths[0], size, 8 * size / max(1, weights), outputs, warnings
         )
@@ -292,7 +306,13 @@ def _sources(file: GgufFile, pruning: Pruning) -> list[SourceTensor]:
     return out
 
 
-def _matrix(options: QuantizeOptions) -> ImportanceMatrix | None:
+def chosen_matrix(options: QuantizeOptions) -> ImportanceMatrix | None:
+    """Read the importance matrix that the options ask for.
+
+    Raises:
+        FormatError: it cannot be read.
+        ConfigError: a selection without a matrix, or one that selects nothing.
+    """
     if options.imatrix is None:
         if options.include_weights or options.exclude_weights:
             raise ConfigError("--include-weights and --exclude-weights need --imatrix")
@@ -314,25 +334,6 @@ def _imatrix_entries(matrix: ImportanceMatrix) -> list[KeyValue]:
 
 def _short(text: str) -> str:
     return text.encode("utf-8", "surrogateescape")[:_MAX_TEXT].decode("utf-8", "surrogateescape")
-
-
-def _warnings(
-    plans: Sequence[TargetPlan], sources: Sequence[SourceTensor], matrix: ImportanceMatrix | None
-) -> tuple[str, ...]:
-    out = []
-    if matrix is not None:
-        problem = matrix.mismatch([s.origin for s in sources])
-        if problem:
-            out.append(problem)
-        else:
-            out += filter(None, (uncovered(plan, sources, matrix) for plan in plans))
-    for plan in plans:
-        odd = [t.name for t in plan.tensors if "do not fit" in t.note]
-        if odd:
-            out.append(f"{plan.target.name}: {len(odd)} tensors got another type: {listed(odd)}")
-        if plan.unmet:
-            out.append(f"{plan.target.name}: needs an importance matrix for {listed(plan.unmet)}")
-    return tuple(out)
 
 
 def _refuse_same(outputs: Sequence[Path], inputs: Sequence[Path]) -> None:

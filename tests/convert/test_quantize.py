@@ -178,7 +178,7 @@ def test_output_names(tmp_path: Path, model: Path) -> None:
         "in.gguf", "m-Q8_0.gguf", "m-F16.gguf", "folder", "a-Q8_0-b.gguf"
     }  # fmt: skip
     assert leftovers(tmp_path / "folder") == {"in-Q8_0.gguf"}
-    with pytest.raises(ConfigError, match=r"is a \.gguf file or an existing folder"):
+    with pytest.raises(ConfigError, match=r"name a \.gguf file, or an existing folder"):
         quantize_gguf(model, tmp_path / "m.bin", ["Q8_0"])
     with pytest.raises(OutputError, match="is the input"):
         quantize_gguf(model, model, ["Q8_0"], force=True)
