@@ -19,6 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import QuantError
+from .device import has_array_program, quantize_on
+from .fallback import decode, encode, scales_overflow
 from .floats import BFLOAT16, FLOAT16, FLOAT32, bf16_bits, f16_bits, to_float32
 from .grids import GRID_TYPES, load_grid
 from .types import GgmlType, type_by_name
@@ -52,6 +54,9 @@ def quantize(
 ) -> npt.NDArray[np.uint8]:
     """Encode the rows of ``x`` as a ggml type; the bytes equal ``ggml_quantize_chunk``'s.
 
+    That includes ggml's one encoding fault: in an IQ3_S block where a run of 32 elements is all
+    zero and a later one is not, codes move up and decode wrongly. Use Q3_K for such tensors.
+
     Args:
         x: [..., rows, cols], float32, float16 or bfloat16 (ml_dtypes), C-contiguous.
         type: a ggml type or its name.
@@ -82,8 +87,8 @@ def quantize(
     if x.size:
         source, target = x.reshape(-1, cols), out.reshape(-1, shape[-1])
         native = _native()
-        if device != "cpu" and _quantize_torch(device, source, kind, weights, target):
-            pass
+        if device != "cpu" and has_array_program(kind):
+            _quantize_torch(device, source, kind, weights, target)
         elif native is not None and native.can_quantize(kind.id):
             _quantize_native(native, source, kind, weights, target, threads)
         else:
@@ -133,8 +138,6 @@ def dequantize(
         values = np.empty(prod(shape), np.float32)
         native.dequantize(kind.id, flat, values, threads or os.cpu_count() or 1)
     else:
-        from .fallback import decode
-
         values = decode(flat, kind)
     return _narrow(values, target).reshape(shape)
 
@@ -211,17 +214,11 @@ def _quantize_torch(
     kind: GgmlType,
     weights: npt.NDArray[np.float32] | None,
     out: npt.NDArray[np.uint8],
-) -> bool:
-    from .device import has_array_program, quantize_on
-    from .fallback import scales_overflow
-
-    if not has_array_program(kind):
-        return False
+) -> None:
     if not quantize_on(device, x, kind, weights, out):
         raise _not_finite(x, kind)
     if scales_overflow(out, kind):
         raise _overflow(x, kind)
-    return True
 
 
 def _quantize_numpy(
@@ -230,8 +227,6 @@ def _quantize_numpy(
     weights: npt.NDArray[np.float32] | None,
     out: npt.NDArray[np.uint8],
 ) -> None:
-    from .fallback import encode, scales_overflow
-
     step = max(1, _CHUNK // x.shape[1])
     for start in range(0, x.shape[0], step):
         part = x[start : start + step]

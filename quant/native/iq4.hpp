@@ -7,11 +7,6 @@ namespace mconv::MCONV_ISA {
 
 constexpr float kIq4[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 
-struct Code {
-    VI index;
-    VF value;
-};
-
 // The nearest codebook entry, the upper one on ties: the count of midpoints at or below v.
 // (Differences to both neighbours are exact near a midpoint, so comparing v with it decides as
 // comparing the differences does.)
