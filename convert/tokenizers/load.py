@@ -60,7 +60,7 @@ def load_vocabulary(
         UnsupportedError: a kind of tokenizer that is not read.
     """
     if "spm" in rule.kinds and files.path("tokenizer.model") is not None:
-        vocabulary = _spm(files, config, load_spm(files, vocab_size), "tokenizer.model")
+        vocabulary = _spm(files, config, load_spm(files, vocab_size))
     else:
         vocabulary = _from_json(files, rule, config, vocab_size, pre)
     prefix = (files.json("tokenizer_config.json") or {}).get("add_prefix_space")
@@ -89,15 +89,13 @@ def _from_json(
         )
     tokenizer = load_bpe(files)
     if "spm_json" in rule.kinds and is_spm_json(tokenizer):
-        return _spm(files, config, spm_pieces(tokenizer, vocab_size), "tokenizer.json")
+        return _spm(files, config, spm_pieces(tokenizer, vocab_size))
     if "bpe" not in rule.kinds:
         raise ConfigError(f"{files.folder}: this architecture needs a tokenizer.model")
     return _bpe(files, config, tokenizer, vocab_size, pre)
 
 
-def _spm(
-    files: TokenizerFiles, config: Mapping[str, Any] | None, pieces: Pieces, name: str
-) -> Vocabulary:
+def _spm(files: TokenizerFiles, config: Mapping[str, Any] | None, pieces: Pieces) -> Vocabulary:
     tokens, scores, types = pieces
     return Vocabulary(
         model="llama",
@@ -107,7 +105,6 @@ def _spm(
         scores=scores,
         specials=load_specials(files, config, len(tokens)),
         chat_template=load_chat_template(files),
-        source=str(files.folder / name),
     )
 
 
@@ -128,5 +125,4 @@ def _bpe(
         merges=tokenizer.merges,
         specials=load_specials(files, config),
         chat_template=load_chat_template(files),
-        source=tokenizer.path,
     )

@@ -70,7 +70,6 @@ class Vocabulary:
         specials: special token ids and whether they are added.
         chat_template: one template, or several by name.
         add_space_prefix: written only when known.
-        source: the file it was read from, for messages.
     """
 
     model: str
@@ -82,7 +81,6 @@ class Vocabulary:
     specials: Specials = field(default_factory=Specials)
     chat_template: ChatTemplate = None
     add_space_prefix: bool | None = None
-    source: str = ""
 
 
 def vocabulary_entries(vocabulary: Vocabulary) -> list[KeyValue]:

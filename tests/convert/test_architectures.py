@@ -38,7 +38,8 @@ def entries(architecture: Architecture, **config: Any) -> dict[str, Any]:
 def test_contract(name: str) -> None:
     record = ALL[name]
     assert record.name == name and record.classes and record.defaults
-    assert record.rope in ("norm", "neox")
+    permuted = any(rule.transform == "permute_q" for rule in record.tensors)
+    assert record.rope == ("norm" if permuted else "neox")
     assert set(record.headless) <= set(record.classes)
     full = complete_config({"model_type": next(iter(record.defaults))}, record)
     sizes = dimensions(full)
