@@ -59,7 +59,7 @@ def detect(path: Path) -> Path | None:
         latest = tracked(path)
         if latest is not None and latest.is_dir() and rank_folders(latest):
             return latest
-        return path if (path / MODEL_FILES[0]).is_file() else None
+        return path if any((path / name).is_file() for name in MODEL_FILES) else None
     except OSError:
         return None
 
@@ -198,17 +198,22 @@ def _legacy_tied(parts: Sequence[RankPart]) -> bool:
 
 
 def _checkpoint_version(file: RankFile) -> float:
-    """0 in the oldest files, which do not say; 3 today."""
-    version = file.root.get("checkpoint_version", 0)
+    """3 today; the oldest pre-mcore files do not say and mean 0."""
+    oldest = "model" in file.root and not _is_mcore(file)
+    version = file.root.get("checkpoint_version", 0 if oldest else 3)
     if not isinstance(version, int | float) or not 0 <= version < 100:
         raise FormatError(f"{file.path}: checkpoint_version is {plain(version)!r}")
     return float(version)
 
 
 def _version(file: RankFile) -> str:
-    mcore = any("decoder.layers" in str(name) for name in file.chunks[0])
-    return f"checkpoint_version {file.root.get('checkpoint_version', 0)}" + (
-        "" if mcore else " (pre-mcore names)"
+    names = "" if _is_mcore(file) else " (pre-mcore names)"
+    return f"checkpoint_version {_checkpoint_version(file):g}{names}"
+
+
+def _is_mcore(file: RankFile) -> bool:
+    return not any("language_model" in str(n) for n in file.chunks[0]) or any(
+        "decoder.layers" in str(n) for n in file.chunks[0]
     )
 
 

@@ -78,9 +78,14 @@ def from_buffers(
             part = RankPart(group.tp, group.pp, group.ep, group.chunk, group.where, named)
             parts.setdefault(state, []).append(part)
     try:
-        return {s: assemble(collect(ranks, world), world).tensors for s, ranks in parts.items()}
+        whole = {s: assemble(collect(ranks, world), world).tensors for s, ranks in parts.items()}
     except (FormatError, LayoutError) as e:
         raise UnsupportedError(str(e)) from e
+    for state, named in whole.items():
+        lost = [n for n in weights if is_parameter(n) and n not in named]
+        if lost:
+            raise UnsupportedError(f"flat buffers: no {state} of {len(lost)} tensors, {lost[0]}...")
+    return whole
 
 
 def _groups(tensors: Mapping[str, Chunked], sizes: Sizes) -> list[_Group]:

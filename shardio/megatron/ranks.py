@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import FormatError
+from ..records import StoredTensor
 from ..torchfile import open_torch_file
 from .settings import Sizes, coordinates, number, parallel_sizes, plain_args
 
@@ -54,8 +55,9 @@ class RankFile:
         models = [self.root["model"]] if "model" in self.root else []
         while f"model{len(models)}" in self.root:
             models.append(self.root[f"model{len(models)}"])
-        if not models and "state_dict" in self.root:
-            models = [self.root["state_dict"]]
+        if not models:  # NeMo 1 saves the bare state dict, or Lightning's wrapper
+            bare = any(isinstance(v, StoredTensor) for v in self.root.values())
+            models = [self.root] if bare else [self.root.get("state_dict")]
         found: list[Mapping[object, object]] = [m for m in models if isinstance(m, dict)]
         if not found or len(found) != len(models):
             raise FormatError(

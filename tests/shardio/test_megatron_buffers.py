@@ -146,6 +146,11 @@ def test_what_does_not_fit_is_refused() -> None:
     short = {k: t.slice([slice(0, t.shape[0] - 64)]) for k, t in good.items()}
     strange = {k.replace("gbuf_idx_0", "gbuf_idx_3"): t for k, t in good.items()}
     mixed = good | {k.replace("bfloat16", "float32"): t for k, t in good.items()}
+    two = Plan(pp=2, counts=(1, 1))
+    stage = rank_model(make_model(two), two, 0, 0, 0, 0)
+    half = keys("", 0, 0, buckets(fused(stage).values(), 1))
+    with pytest.raises(UnsupportedError, match="no master of"):
+        from_buffers(half, lazy(model), TE, Sizes(pp=2, layers=2))
     for tensors in (short, strange, mixed):
         with pytest.raises(UnsupportedError):
             from_buffers(tensors, lazy(model), TE, sizes)

@@ -188,6 +188,22 @@ def test_other_spellings(tmp_path: Path, respell: Callable[[Model], dict[str, ob
         assert np.array_equal(values(ckpt.weights[name]), expected.numpy()), name
 
 
+def test_bare_state_dicts_of_nemo(tmp_path: Path) -> None:
+    """``tp_rank_*_pp_rank_*/model_weights.ckpt``: no args, the sizes are in the names."""
+    plan = Plan(tp=2, pp=2, counts=(1, 1))
+    model = make_model(plan)
+    for t, p in ((0, 0), (1, 0), (0, 1), (1, 1)):
+        folder = tmp_path / f"tp_rank_{t:02d}_pp_rank_{p:03d}"
+        folder.mkdir()
+        chunk = rank_model(model, plan, t, p, 0, 0)
+        torch.save({f"model.{n}": x for n, x in chunk.items()}, folder / "model_weights.ckpt")
+    ckpt = open_checkpoint(tmp_path)
+    assert (ckpt.layout.tp, ckpt.layout.pp) == (2, 2)
+    assert set(ckpt.weights) == set(model)
+    for name, expected in model.items():
+        assert np.array_equal(values(ckpt.weights[name]), expected.numpy()), name
+
+
 @pytest.mark.parametrize("version", [0, 1.0])
 def test_old_qkv_orders(tmp_path: Path, version: float) -> None:
     """Version 0 has [3, heads, d] rows on every rank, version 1 [heads, d, 3]."""
