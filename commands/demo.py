@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     help="Folder for everything that is made.",
 )
 @click.option(
-    "--steps", type=click.IntRange(1), default=80, show_default=True, help="Training steps."
+    "--steps", type=click.IntRange(1), default=100, show_default=True, help="Training steps."
 )
 @click.option(
     "--processes",

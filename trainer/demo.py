@@ -46,12 +46,11 @@ from .tokenizer import encode_documents, load_tokenizer, train_tokenizer
 
 TARGETS = ("Q8_0", "Q4_K_M")
 PROMPT = "The lighthouse at"
-STEPS = 80
 _PIECES = 512
-_BATCH = 8
+_BATCH = 4
 _NAME = "lighthouse"
 _RUN_FILE = "run.toml"
-_SAMPLE_TOKENS = 96
+_SAMPLE_TOKENS = 192
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +99,7 @@ Listener = Callable[[Event], None]
 def demo(
     folder: str | Path,
     *,
-    steps: int = STEPS,
+    steps: int = 100,
     processes: int = 2,
     force: bool = False,
     listener: Listener | None = None,
@@ -109,7 +108,7 @@ def demo(
 
     Args:
         folder: for everything that is made; new or empty.
-        steps: training steps; the text is known by heart after about 60.
+        steps: training steps; the text is known by heart after about 80.
         processes: ranks of the sharded training.
         force: replace what an earlier demo left in ``folder``.
         listener: told of progress.
@@ -176,7 +175,7 @@ class _Demo:
                 num_key_value_heads=2,
                 max_position_embeddings=256,
             ),
-            train=TrainConfig(steps=steps, seq_len=128, batch=batch, threads=1),
+            train=TrainConfig(steps=steps, seq_len=256, batch=batch, threads=1),
             optim=OptimConfig(lr=2e-3),
             schedule=ScheduleConfig(warmup=10),
             data=DataConfig(tokens=self.folder / "tokens.npy", tokenizer=self.tokenizer),
