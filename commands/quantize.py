@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from .options import (
-    F,
-    Size,
     human,
     limits,
     output_options,
@@ -21,78 +19,10 @@ from .options import (
     show_json,
     warn,
 )
+from .recipe_options import Asked, recipe_options
 
 if TYPE_CHECKING:
     from ..convert.quantize import OutputReport, QuantizeReport
-    from ..quant.recipes import RecipeOptions
-
-
-def recipe_options(fn: F) -> F:
-    """Options about which type each tensor gets."""
-    for option in (
-        click.option(
-            "--tensor-type",
-            "tensor_types",
-            multiple=True,
-            metavar="REGEX=TYPE",
-            help="Type of the tensors whose name matches; repeatable, the first match counts.",
-        ),
-        click.option(
-            "--tensor-type-file",
-            type=click.Path(exists=True, dir_okay=False),
-            help="File with REGEX=TYPE entries, one per word.",
-        ),
-        click.option("--output-tensor-type", metavar="TYPE", help="Type of output.weight."),
-        click.option("--token-embedding-type", metavar="TYPE", help="Type of the embeddings."),
-        click.option("--pure", is_flag=True, help="The base type everywhere, no mix."),
-        click.option("--leave-output-tensor", is_flag=True, help="Keep output.weight as it is."),
-        click.option(
-            "--imatrix",
-            type=click.Path(exists=True, dir_okay=False),
-            help="Importance matrix (GGUF or .dat) that guides the rounding.",
-        ),
-        click.option(
-            "--include-weights",
-            multiple=True,
-            metavar="TEXT",
-            help="Use importance only for tensors whose name contains TEXT.",
-        ),
-        click.option(
-            "--exclude-weights",
-            multiple=True,
-            metavar="TEXT",
-            help="Use no importance for tensors whose name contains TEXT.",
-        ),
-    ):
-        fn = option(fn)
-    return fn
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """The recipe options as given."""
-
-    tensor_types: tuple[str, ...]
-    tensor_type_file: str | None
-    output_tensor_type: str | None
-    token_embedding_type: str | None
-    pure: bool
-    leave_output_tensor: bool
-
-    def recipe(self) -> RecipeOptions:
-        """Parse them. Raises QuantError for a bad pattern or type."""
-        from ..quant.recipes import RecipeOptions, parse_override
-
-        texts = list(self.tensor_types)
-        if self.tensor_type_file:
-            texts += Path(self.tensor_type_file).read_text(encoding="utf-8").split()
-        return RecipeOptions(
-            tuple(parse_override(text) for text in texts),
-            self.output_tensor_type,
-            self.token_embedding_type,
-            self.pure,
-            self.leave_output_tensor,
-        )
 
 
 class Layers(click.ParamType):
@@ -116,14 +46,7 @@ class Layers(click.ParamType):
 @click.argument("out", type=click.Path())
 @click.argument("types", metavar="TYPE[,TYPE...]")
 @click.option("--allow-requantize", is_flag=True, help="Encode already quantized tensors again.")
-@click.option(
-    "--override-kv",
-    multiple=True,
-    metavar="KEY=TYPE:VALUE",
-    help="Set metadata; TYPE is int, float, bool or str; repeatable.",
-)
 @click.option("--prune-layers", type=Layers(), default=(), help="Layers to leave out, 3,5,8.")
-@click.option("--max-shard-size", type=Size(), help="Split outputs into files of this size.")
 @click.option("--keep-split", is_flag=True, help="Split the output like the input.")
 @recipe_options
 @output_options
@@ -133,13 +56,8 @@ def command(
     out: str,
     types: str,
     allow_requantize: bool,
-    override_kv: tuple[str, ...],
     prune_layers: tuple[int, ...],
-    max_shard_size: int | None,
     keep_split: bool,
-    imatrix: str | None,
-    include_weights: tuple[str, ...],
-    exclude_weights: tuple[str, ...],
     max_memory: int,
     threads: int | None,
     force: bool,
@@ -147,7 +65,7 @@ def command(
     dry_run: bool,
     as_json: bool,
     quiet: bool,
-    **recipe: Any,
+    **asked: Any,
 ) -> None:
     """Quantize the GGUF model IN to one or several types.
 
@@ -159,18 +77,13 @@ def command(
     mconv quantize model-bf16.gguf out/ Q4_K_M,IQ4_XS --imatrix imatrix.gguf
     mconv quantize model-bf16.gguf small.gguf IQ3_M --tensor-type 'attn_v=q6_k' --dry-run
     """
-    from ..convert.quantize import QuantizeOptions, quantize_gguf
+    from ..convert.quantize import quantize_gguf
 
     started = time.monotonic()
-    options = QuantizeOptions(
-        recipe=Asked(**recipe).recipe(),
-        imatrix=imatrix,
-        include_weights=include_weights,
-        exclude_weights=exclude_weights,
+    options = replace(
+        Asked(**asked).options(),
         allow_requantize=allow_requantize,
-        override_kv=override_kv,
         prune_layers=prune_layers,
-        max_shard_size=max_shard_size,
         keep_split=keep_split,
     )
     shown = not (quiet or as_json or dry_run)

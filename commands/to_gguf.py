@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -18,16 +19,25 @@ from .options import (
     source_options,
     warn,
 )
+from .recipe_options import Asked, recipe_options
+
+if TYPE_CHECKING:
+    from ..convert.to_gguf import GgufReport
 
 
 @click.command("to-gguf")
 @click.argument("src", type=click.Path())
 @click.argument("out", type=click.Path())
 @click.option(
-    "--type", "kind", default="f16", show_default=True, help="f32, f16, bf16, q8_0, auto."
+    "--type",
+    "kind",
+    default="f16",
+    show_default=True,
+    help="f32, f16, bf16, q8_0, auto, or any mix of `mconv quantize`; several with commas.",
 )
 @click.option("--name", help="Model name in the metadata (default: from its folder).")
 @click.option("--pre", help="Pre-tokenizer name, if its structure is not recognised.")
+@recipe_options
 @model_options
 @source_options
 @output_options
@@ -51,11 +61,13 @@ def command(
     dry_run: bool,
     as_json: bool,
     quiet: bool,
+    **asked: Any,
 ) -> None:
     """Convert the checkpoint SRC of any layout to the GGUF file OUT, in one pass.
 
     \b
-    mconv to-gguf runs/zero3 model.gguf --type q8_0
+    mconv to-gguf runs/zero3 model.gguf --type q4_k_m
+    mconv to-gguf runs/zero3 model-{type}.gguf --type bf16,q4_k_m,iq4_xs --imatrix imatrix.gguf
     mconv to-gguf megatron/iter_0001000 model.gguf --tokenizer tok/ --vocab-size 32000
     """
     from ..convert.to_gguf import to_gguf
@@ -73,6 +85,7 @@ def command(
             weights=weights,
             vocab_size=vocab_size,
             tokenizer=tokenizer,
+            quantization=Asked(**asked).options(),
             verify=verify,
             force=force,
             resume=resume,
@@ -81,26 +94,30 @@ def command(
             progress=progress,
         )
     seconds = time.monotonic() - started
+    reports = (report, *report.more)
     if as_json:
-        show_json(
-            {
-                "target": report.target,
-                "architecture": report.architecture,
-                "type": report.type,
-                "nbytes": report.nbytes,
-                "tensors": [
-                    {"name": t.name, "type": t.type.name, "shape": t.shape} for t in report.tensors
-                ],
-                "warnings": report.warnings,
-                "seconds": round(seconds, 3),
-                "dry_run": dry_run,
-            }
-        )
+        first, *more = [_as_json(one) for one in reports]
+        show_json({**first, "more": more, "seconds": round(seconds, 3), "dry_run": dry_run})
         return
     if not quiet:
         warn(report.warnings)
         verb = "would write" if dry_run else "wrote"
-        click.echo(
-            f"{verb} {report.target}: {report.architecture} {report.type}, "
-            f"{len(report.tensors)} tensors, {human(report.nbytes)} in {seconds:.1f} s"
-        )
+        for one in reports:
+            click.echo(
+                f"{verb} {one.target}: {one.architecture} {one.type}, {len(one.tensors)} tensors, "
+                f"{human(one.nbytes)} in {seconds:.1f} s"
+            )
+
+
+def _as_json(report: GgufReport) -> dict[str, Any]:
+    return {
+        "target": report.target,
+        "architecture": report.architecture,
+        "type": report.type,
+        "nbytes": report.nbytes,
+        "tensors": [
+            {"name": t.name, "type": t.type.name, "shape": t.shape} for t in report.tensors
+        ],
+        "warnings": report.warnings,
+        "files": report.files,
+    }

@@ -1,7 +1,8 @@
 """Plan a GGUF file: which type each tensor gets, where it goes, and how its bytes are made.
 
-The type rules are those of llama.cpp's converter: vectors, norms and what is not a ``.weight``
-stay F32, a row that does not fill blocks falls back to F16, all else gets the type asked for.
+For F32, F16, BF16 and Q8_0 the rules are those of llama.cpp's converter: vectors, norms and what
+is not a ``.weight`` stay F32, a row that does not fill blocks falls back to F16, all else gets the
+type asked for. Any other type is a mix: the recipes choose, as if a 16-bit file were quantized.
 """
 
 from __future__ import annotations
@@ -15,11 +16,20 @@ import numpy as np
 
 from ..errors import ConfigError, QuantError, did_you_mean
 from ..quant import GgmlType, quantize, type_by_name
-from ..shardio.payload import BytesPayload, EncodedPayload, Payload, TensorPayload
-from ..shardio.stream import OutFile
+from ..quant.recipes import ALIASES, TARGETS, ModelFacts, RecipeOptions, Target, parse_target
+from ..shardio.payload import EncodedPayload, Payload, TensorPayload
 from ..shardio.tensor import LazyTensor
 from .architectures import MappedTensor
-from .gguf import KeyValue, TensorSpec, build_header
+from .gguf import TensorSpec
+from .gguf.files import OutTensor
+from .imatrix import ImportanceMatrix
+from .quant_plan import (
+    SourceTensor,
+    TargetPlan,
+    plan_targets,
+    plan_warnings,
+    require_importance,
+)
 
 #: Output types that need no recipe, with their ``general.file_type``.
 FILE_TYPES: Mapping[str, int] = {"F32": 0, "F16": 1, "BF16": 32, "Q8_0": 7}
@@ -42,24 +52,104 @@ class PlannedTensor:
     tensor: LazyTensor
 
 
-def parse_type(name: str, tensors: Sequence[MappedTensor]) -> GgmlType:
-    """Return the type asked for; ``auto`` is that of the weights (BF16 or F16).
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One planned output: its type's name, what to write, and the mix, if it is one."""
+
+    type: str
+    tensors: list[PlannedTensor]
+    out: list[OutTensor]
+    mix: TargetPlan | None = None
+    warnings: tuple[str, ...] = ()
+
+
+def parse_types(text: str, tensors: Sequence[MappedTensor]) -> list[GgmlType | Target]:
+    """Return the types asked for, separated by commas; ``auto`` is that of the weights.
 
     Raises:
         ConfigError: not a type this writes.
     """
-    if name.lower() == "auto":
-        for mapped in tensors:
-            if mapped.tensor.ndim >= 2 and mapped.tensor.dtype in (_BFLOAT16, _FLOAT16):
-                return type_by_name("BF16" if mapped.tensor.dtype == _BFLOAT16 else "F16")
-        return type_by_name("F16")
-    if name.upper() not in FILE_TYPES:
-        known = [*(t.lower() for t in FILE_TYPES), "auto"]
+    names = list(dict.fromkeys(name.strip().upper() for name in text.split(",")))
+    return [_parse_type(name, tensors) for name in names]
+
+
+def _parse_type(name: str, tensors: Sequence[MappedTensor]) -> GgmlType | Target:
+    if name == "AUTO":
+        return native_type(tensors)
+    if name in FILE_TYPES:
+        return type_by_name(name)
+    found = TARGETS.get(ALIASES.get(name, name))
+    if found is None or found.copies:
+        known = [*FILE_TYPES, "AUTO", *(t for t in (*TARGETS, *ALIASES) if t not in FILE_TYPES)]
+        known.remove("COPY")
         raise ConfigError(
-            f"unknown output type {name!r}{did_you_mean(name.lower(), known)}; "
-            f"types: {', '.join(known)}"
+            f"unknown output type {name.lower()!r}{did_you_mean(name, known).lower()}; "
+            f"types: {', '.join(known).lower()}"
         )
-    return type_by_name(name)
+    return found
+
+
+def native_type(tensors: Sequence[MappedTensor]) -> GgmlType:
+    """Return the 16-bit type of the weights, F16 when they have none."""
+    for mapped in tensors:
+        if mapped.tensor.ndim >= 2 and mapped.tensor.dtype in (_BFLOAT16, _FLOAT16):
+            return type_by_name("BF16" if mapped.tensor.dtype == _BFLOAT16 else "F16")
+    return type_by_name("F16")
+
+
+def plan_outputs(
+    mapped: Sequence[MappedTensor],
+    types: Sequence[GgmlType | Target],
+    facts: ModelFacts,
+    recipe: RecipeOptions,
+    matrix: ImportanceMatrix | None,
+) -> list[Output]:
+    """Plan one output per type.
+
+    Args:
+        mapped: the model's tensors.
+        types: plain types, or mixes; a mix is also made of a plain type when ``recipe`` or
+            ``matrix`` change what it means.
+        facts: what the recipes ask about the model.
+        recipe: changes to the mixes.
+        matrix: measured importance.
+
+    Raises:
+        QuantError: a mix needs an importance matrix, or an option does not fit a tensor.
+    """
+    changed = recipe != RecipeOptions() or matrix is not None
+    wanted = [parse_target(t.name) if changed else t for t in types]
+    native = native_type(mapped)
+    sources = [SourceTensor(m.name, m.name, _choose(m, native), m.tensor) for m in mapped]
+    mixes = [t for t in wanted if isinstance(t, Target)]
+    plans = iter(plan_targets(sources, mixes, facts, recipe, matrix) if mixes else ())
+    outputs = []
+    for kind in wanted:
+        if isinstance(kind, Target):
+            plan = next(plans)
+            outputs.append(_mixed(plan, mapped, plan_warnings([plan], sources, matrix)))
+        else:
+            outputs.append(_plain(mapped, kind))
+    return outputs
+
+
+def _plain(mapped: Sequence[MappedTensor], kind: GgmlType) -> Output:
+    tensors = plan_tensors(mapped, kind)
+    return Output(kind.name, tensors, [OutTensor(_spec(t), payload(t)) for t in tensors])
+
+
+def _mixed(plan: TargetPlan, mapped: Sequence[MappedTensor], warnings: tuple[str, ...]) -> Output:
+    require_importance(plan)
+    by_name = {m.name: m for m in mapped}
+    tensors = [
+        PlannedTensor(t.name, by_name[t.name].hf, t.shape, t.type, t.nbytes, by_name[t.name].tensor)
+        for t in plan.tensors
+    ]
+    return Output(plan.target.name, tensors, list(plan.out), plan, warnings)
+
+
+def _spec(t: PlannedTensor) -> TensorSpec:
+    return TensorSpec(t.name, t.shape, t.type.id, t.nbytes)
 
 
 def plan_tensors(mapped: Sequence[MappedTensor], target: GgmlType) -> list[PlannedTensor]:
@@ -80,19 +170,6 @@ def _choose(one: MappedTensor, target: GgmlType) -> GgmlType:
     if one.tensor.shape[-1] % target.block:
         return type_by_name("F16")
     return target
-
-
-def plan_file(name: str, metadata: Sequence[KeyValue], tensors: Sequence[PlannedTensor]) -> OutFile:
-    """Return the file to be written: header first, then the tensors in the given order.
-
-    Raises:
-        FormatError: a name or shape that GGUF cannot hold.
-    """
-    specs = [TensorSpec(t.name, t.shape, t.type.id, t.nbytes) for t in tensors]
-    header = build_header(metadata, specs)
-    parts: list[tuple[int, Payload]] = [(0, BytesPayload(header.data))]
-    parts += zip(header.offsets, map(payload, tensors), strict=True)
-    return OutFile(name, header.file_size, tuple(parts))
 
 
 def payload(planned: PlannedTensor) -> Payload:

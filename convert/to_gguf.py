@@ -1,7 +1,8 @@
 """``mconv.to_gguf``: any checkpoint to a GGUF file, in one streaming pass.
 
 The file equals, tensor by tensor and key by key, what llama.cpp's converter writes from the merged
-Hugging Face model. Everything that can be refused is refused before the first byte is written.
+Hugging Face model, and for mixes such as Q4_K_M what llama-quantize then makes of that file.
+Everything that can be refused is refused before the first byte is written.
 """
 
 from __future__ import annotations
@@ -9,11 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import OutputError
+from ..errors import ConfigError, OutputError
 from ..shardio import Checkpoint, from_array
 from ..shardio.payload import BytesPayload
 from ..shardio.staging import fingerprint, write_loose
@@ -28,9 +29,20 @@ from .architectures import (
 )
 from .general import general_entries
 from .gguf import KeyValue
+from .gguf.edit import model_facts, parse_override, set_entry
+from .gguf.files import cut_by_size, plan_files
 from .gguf.values import u32
-from .gguf_plan import FILE_TYPES, PlannedTensor, parse_type, plan_file, plan_tensors
+from .gguf_plan import (
+    FILE_TYPES,
+    Output,
+    PlannedTensor,
+    native_type,
+    parse_types,
+    plan_outputs,
+)
+from .imatrix import ImportanceMatrix
 from .prepare import prepare
+from .quantize import QuantizeOptions, chosen_matrix, output_names, quantized_metadata
 from .reshard import opened
 from .tokenizers import find_tokenizer, load_vocabulary, vocabulary_entries
 
@@ -42,13 +54,15 @@ class GgufReport:
     """What was written, or would be.
 
     Attributes:
-        target: the file.
+        target: the file (its first shard is ``files[0]`` when it is split).
         architecture: ``general.architecture``.
         type: the type asked for.
-        nbytes: size of the file.
+        nbytes: size of the file, or of all shards.
         tensors: every tensor with its type and size.
         metadata: every metadata entry.
         warnings: what a user should know.
+        files: the files' names.
+        more: the reports of the other types, when several were asked for.
     """
 
     target: Path
@@ -58,6 +72,8 @@ class GgufReport:
     tensors: Sequence[PlannedTensor]
     metadata: Sequence[KeyValue]
     warnings: tuple[str, ...]
+    files: tuple[str, ...] = ()
+    more: tuple[GgufReport, ...] = ()
 
 
 def to_gguf(
@@ -71,6 +87,7 @@ def to_gguf(
     pre: str | None = None,
     weights: str = "model",
     vocab_size: int | None = None,
+    quantization: QuantizeOptions | None = None,
     verify: bool = True,
     force: bool = False,
     resume: bool = False,
@@ -82,14 +99,16 @@ def to_gguf(
 
     Args:
         src: an opened checkpoint or its path, of any format and layout.
-        out: the file to write.
-        type: ``f32``, ``f16``, ``bf16``, ``q8_0`` or ``auto`` (the weights' own 16-bit type).
+        out: the file to write; for several types see ``mconv.convert.quantize.output_names``.
+        type: ``f32``, ``f16``, ``bf16``, ``q8_0``, ``auto`` (the weights' own 16-bit type), a mix
+            such as ``q4_k_m``, or several of these with commas, all made in one pass.
         tokenizer: folder with the tokenizer; by default the checkpoint's own.
         config: config.json or model folder, where the checkpoint has none.
         name: the model's name in the metadata; by default from its folder or model card.
         pre: llama.cpp's name of the pre-tokenizer, instead of the recognized one.
         weights: ``model`` or ``master`` (the optimizer's fp32 copies).
         vocab_size: true vocabulary size where the checkpoint's embedding is padded.
+        quantization: changes to the mixes, importance matrix, metadata overrides, shard size.
         verify: compare replicas and sample master copies before writing.
         force: replace an existing file.
         resume: continue an interrupted run.
@@ -103,43 +122,47 @@ def to_gguf(
     Raises:
         MconvError: any bad input, impossible request or full disk; nothing is left behind.
     """
-    target, folder = Path(out), Path(tokenizer) if tokenizer is not None else None
-    if target.is_dir():
+    options = quantization or QuantizeOptions()
+    if options.prune_layers or options.keep_split:
+        raise ConfigError("layers are pruned, and splits kept, by `mconv quantize` on a GGUF file")
+    folder = Path(tokenizer) if tokenizer is not None else None
+    target = Path(out)
+    if target.is_dir() and "," not in type:
         raise OutputError(f"{target}: is a folder; name the file, such as {target / 'model.gguf'}")
     ckpt = opened(src, config)
     ready = prepare(ckpt, weights=weights, vocab_size=vocab_size, tokenizer=folder, verify=verify)
-    report = _plan(ready, target, type, folder, name, pre)
+    reports, files = _plan(ready, target, type, folder, name, pre, options)
     if not dry_run:
-        file = plan_file(target.name, report.metadata, report.tensors)
         sources = {path for t in ckpt.weights.values() for path, _, _ in t.spans()}
-        plan = fingerprint([file], sources, json.dumps([weights, _digest(file)]))
+        if options.imatrix is not None:
+            sources.add(Path(options.imatrix))
         write_loose(
-            target,
-            [file],
-            plan=plan,
+            reports[0].target,
+            files,
+            plan=fingerprint(files, sources, json.dumps([weights, *map(_digest, files)])),
             force=force,
             resume=resume,
             limits=limits,
             progress=progress,
         )
-    return report
+    return replace(reports[0], more=tuple(reports[1:]))
 
 
 def _plan(
     ckpt: Checkpoint,
-    target: Path,
+    out: Path,
     type: str,
     tokenizer: Path | None,
     name: str | None,
     pre: str | None,
-) -> GgufReport:
-    """Decide everything about the file; ``ckpt`` has Hugging Face names."""
+    options: QuantizeOptions,
+) -> tuple[list[GgufReport], list[OutFile]]:
+    """Decide everything about the files; ``ckpt`` has Hugging Face names."""
     architecture = find_architecture(ckpt.config)
     assert ckpt.config is not None
     config = complete_config(ckpt.config, architecture)
     mapped = _tensors(architecture, config, ckpt)
-    kind = parse_type(type, mapped)
-    planned = plan_tensors(mapped, kind)
+    types = parse_types(type, mapped)
     vocabulary = load_vocabulary(
         find_tokenizer(tokenizer, ckpt.assets),
         architecture.tokenizer,
@@ -147,22 +170,76 @@ def _plan(
         vocab_size=config["vocab_size"],
         pre=pre,
     )
-    shapes = [(t.name, t.shape) for t in planned]
-    metadata = [
-        *general_entries(architecture.name, model_folder(ckpt), shapes, name),
-        *model_entries(architecture, config, FILE_TYPES[kind.name]),
-        u32("general.quantization_version", _QUANTIZATION_VERSION),
-        *vocabulary_entries(architecture.adjust_vocabulary(vocabulary, config)),
-    ]
-    return GgufReport(
-        target=target,
-        architecture=architecture.name,
-        type=kind.name,
-        nbytes=plan_file(target.name, metadata, planned).size,
-        tensors=planned,
-        metadata=metadata,
-        warnings=tuple(ckpt.warnings),
-    )
+    words = vocabulary_entries(architecture.adjust_vocabulary(vocabulary, config))
+    model = _Model(ckpt, architecture, config, mapped, words, name)
+    matrix = chosen_matrix(options)
+    facts = model_facts(model.entries(0))
+    outputs = plan_outputs(mapped, types, facts, options.recipe, matrix)
+    folder, names = out.parent, [out.name]
+    if len(types) > 1 or "{type}" in out.name:
+        folder, names = output_names(model.folder.name, out, [one.type for one in outputs])
+    reports, files = [], []
+    for one, file_name in zip(outputs, names, strict=True):
+        metadata = model.metadata(one, options, matrix)
+        made = plan_files(file_name, metadata, cut_by_size(one.out, options.max_shard_size))
+        files += made
+        reports.append(model.report(one, folder / file_name, metadata, made))
+    return reports, files
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """What the outputs of one call have in common."""
+
+    ckpt: Checkpoint
+    architecture: Architecture
+    config: dict[str, Any]
+    mapped: list[MappedTensor]
+    vocabulary: list[KeyValue]
+    name: str | None
+
+    @property
+    def folder(self) -> Path:
+        return model_folder(self.ckpt)
+
+    def metadata(
+        self, output: Output, options: QuantizeOptions, matrix: ImportanceMatrix | None
+    ) -> list[KeyValue]:
+        """The converter's entries, changed as llama-quantize does for a mix."""
+        target = output.mix.target if output.mix is not None else None
+        native = native_type(self.mapped).name
+        file_type = FILE_TYPES[output.type if target is None else native]
+        entries = self.entries(file_type)
+        if target is not None:
+            return quantized_metadata(entries, target, options.override_kv, matrix)
+        for text in options.override_kv:
+            entries = set_entry(entries, parse_override(text))
+        return entries
+
+    def entries(self, file_type: int) -> list[KeyValue]:
+        """The converter's entries."""
+        shapes = [(m.name, m.tensor.shape) for m in self.mapped]
+        return [
+            *general_entries(self.architecture.name, self.folder, shapes, self.name),
+            *model_entries(self.architecture, self.config, file_type),
+            u32("general.quantization_version", _QUANTIZATION_VERSION),
+            *self.vocabulary,
+        ]
+
+    def report(
+        self, output: Output, target: Path, metadata: list[KeyValue], files: list[OutFile]
+    ) -> GgufReport:
+        """Describe an output."""
+        return GgufReport(
+            target=target,
+            architecture=self.architecture.name,
+            type=output.type,
+            nbytes=sum(f.size for f in files),
+            tensors=output.tensors,
+            metadata=metadata,
+            warnings=(*self.ckpt.warnings, *output.warnings),
+            files=tuple(f.name for f in files),
+        )
 
 
 def _digest(file: OutFile) -> str:

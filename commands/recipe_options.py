@@ -1,0 +1,105 @@
+"""Options that ``quantize`` and ``to-gguf`` share: types, importance, metadata, splitting."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from .options import F, Size
+
+if TYPE_CHECKING:
+    from ..convert.quantize import QuantizeOptions
+
+_OPTIONS = (
+    click.option(
+        "--tensor-type",
+        "tensor_types",
+        multiple=True,
+        metavar="REGEX=TYPE",
+        help="Type of the tensors whose name matches; repeatable, the first match counts.",
+    ),
+    click.option(
+        "--tensor-type-file",
+        type=click.Path(exists=True, dir_okay=False),
+        help="File with REGEX=TYPE entries, one per word.",
+    ),
+    click.option("--output-tensor-type", metavar="TYPE", help="Type of output.weight."),
+    click.option("--token-embedding-type", metavar="TYPE", help="Type of the embeddings."),
+    click.option("--pure", is_flag=True, help="The base type everywhere, no mix."),
+    click.option("--leave-output-tensor", is_flag=True, help="Keep output.weight as it is."),
+    click.option(
+        "--imatrix",
+        type=click.Path(exists=True, dir_okay=False),
+        help="Importance matrix (GGUF or .dat) that guides the rounding.",
+    ),
+    click.option(
+        "--include-weights",
+        multiple=True,
+        metavar="TEXT",
+        help="Use importance only for tensors whose name contains TEXT.",
+    ),
+    click.option(
+        "--exclude-weights",
+        multiple=True,
+        metavar="TEXT",
+        help="Use no importance for tensors whose name contains TEXT.",
+    ),
+    click.option(
+        "--override-kv",
+        multiple=True,
+        metavar="KEY=TYPE:VALUE",
+        help="Set metadata; TYPE is int, float, bool or str; repeatable.",
+    ),
+    click.option("--max-shard-size", type=Size(), help="Split outputs into files of this size."),
+)
+
+
+def recipe_options(fn: F) -> F:
+    """Options about types, importance, metadata and splitting of GGUF outputs."""
+    for option in reversed(_OPTIONS):
+        fn = option(fn)
+    return fn
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """These options as given."""
+
+    tensor_types: tuple[str, ...]
+    tensor_type_file: str | None
+    output_tensor_type: str | None
+    token_embedding_type: str | None
+    pure: bool
+    leave_output_tensor: bool
+    imatrix: str | None
+    include_weights: tuple[str, ...]
+    exclude_weights: tuple[str, ...]
+    override_kv: tuple[str, ...]
+    max_shard_size: int | None
+
+    def options(self) -> QuantizeOptions:
+        """Parse them. Raises QuantError for a bad pattern or type."""
+        from ..convert.quantize import QuantizeOptions
+        from ..quant.recipes import RecipeOptions, parse_override
+
+        texts = list(self.tensor_types)
+        if self.tensor_type_file:
+            texts += Path(self.tensor_type_file).read_text(encoding="utf-8").split()
+        recipe = RecipeOptions(
+            tuple(parse_override(text) for text in texts),
+            self.output_tensor_type,
+            self.token_embedding_type,
+            self.pure,
+            self.leave_output_tensor,
+        )
+        return QuantizeOptions(
+            recipe=recipe,
+            imatrix=self.imatrix,
+            include_weights=self.include_weights,
+            exclude_weights=self.exclude_weights,
+            override_kv=self.override_kv,
+            max_shard_size=self.max_shard_size,
+        )
