@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
 from importlib.util import find_spec
@@ -49,7 +49,7 @@ PROMPT = "The lighthouse at"
 _PIECES = 512
 _BATCH = 4
 _NAME = "lighthouse"
-_RUN_FILE = "run.toml"
+_MODELFILE = "Modelfile"
 _SAMPLE_TOKENS = 192
 
 
@@ -135,9 +135,14 @@ class _Demo:
     def __init__(self, folder: Path, listener: Listener) -> None:
         self.folder = folder
         self.tell = listener
+        self.config = folder / "run.toml"
+        self.tokens = folder / "tokens.npy"
         self.tokenizer = folder / "tokenizer"
         self.logs = folder / "run"
         self.merged = folder / "merged"
+        self.ggufs = [folder / f"{_NAME}-{kind}.gguf" for kind in ("F32", *TARGETS)]
+        made = (self.config, self.tokens, self.tokenizer, self.logs, self.merged, *self.ggufs)
+        self.made = {_MODELFILE, *(path.name for path in made)}
         self.stages: list[Stage] = []
         self.proofs: list[Proof] = []
         self._since = time.monotonic()
@@ -145,13 +150,14 @@ class _Demo:
     def run(self, steps: int, processes: int, force: bool) -> DemoReport:
         config = self._config(steps, processes)
         self._clear(force)
+        self.config.write_text(dump_config(config, self.folder), encoding="utf-8")
         self._tokenize(config)
         shards = self._train(config, processes)
         inspection = inspect_checkpoint(open_checkpoint(shards))
         self.tell(inspection)
         self._merge(shards)
-        ggufs = self._export()
-        text = self._prove(shards, ggufs)
+        self._export()
+        text = self._prove(shards)
         return DemoReport(
             self.folder,
             tuple(self.stages),
@@ -160,7 +166,7 @@ class _Demo:
             tuple(self.proofs),
             PROMPT,
             text,
-            {path.name: path.stat().st_size for path in ggufs},
+            {path.name: path.stat().st_size for path in self.ggufs},
         )
 
     def _config(self, steps: int, processes: int) -> RunConfig:
@@ -178,7 +184,7 @@ class _Demo:
             train=TrainConfig(steps=steps, seq_len=256, batch=batch, threads=1),
             optim=OptimConfig(lr=2e-3),
             schedule=ScheduleConfig(warmup=10),
-            data=DataConfig(tokens=self.folder / "tokens.npy", tokenizer=self.tokenizer),
+            data=DataConfig(tokens=self.tokens, tokenizer=self.tokenizer),
             save=SaveConfig(folder=self.logs),
         )
 
@@ -186,14 +192,17 @@ class _Demo:
         """Make the folder, or empty that of an earlier demo."""
         if self.folder.exists() and not self.folder.is_dir():
             raise OutputError(f"{self.folder}: is a file; choose another folder with --dir")
-        if self.folder.is_dir() and any(self.folder.iterdir()):
-            if not (self.folder / _RUN_FILE).is_file():
-                raise OutputError(f"{self.folder}: is not empty; choose another folder with --dir")
-            if not force:
-                raise OutputError(
-                    f"{self.folder}: holds an earlier demo; replace it with --force, or choose "
-                    "another folder with --dir"
-                )
+        there = sorted(p.name for p in self.folder.iterdir()) if self.folder.is_dir() else []
+        if there and not {self.config.name} <= set(there) <= self.made:
+            raise OutputError(
+                f"{self.folder}: holds other things than a demo; choose another folder with --dir"
+            )
+        if there and not force:
+            raise OutputError(
+                f"{self.folder}: holds an earlier demo; replace it with --force, or choose another "
+                "folder with --dir"
+            )
+        if there:
             shutil.rmtree(self.folder)
         self.logs.mkdir(parents=True)
 
@@ -208,8 +217,6 @@ class _Demo:
         """Train, telling of every step as its metrics appear."""
         from .checkpoint import step_folder
 
-        run = self.folder / _RUN_FILE
-        run.write_text(dump_config(config, self.folder), encoding="utf-8")
         told = 0
 
         def follow() -> None:
@@ -218,7 +225,7 @@ class _Demo:
                 self.tell(metrics)
                 told += 1
 
-        launch(run, self.logs, processes, follow)
+        launch(self.config, self.logs, processes, follow)
         first, last = (read_metrics(self.logs)[i].loss for i in (0, -1))
         self._done(
             "train",
@@ -231,18 +238,16 @@ class _Demo:
         detail = f"{report.parameters:,} parameters in {report.tensors} tensors, safetensors"
         self._done("merge", detail)
 
-    def _export(self) -> list[Path]:
-        exact = self.folder / f"{_NAME}-F32.gguf"
+    def _export(self) -> None:
+        exact, *small = self.ggufs
         to_gguf(self.merged, exact, "f32", name=_NAME.capitalize())
         self._done("to-gguf", exact.name)
-        report = quantize_gguf(exact, self.folder / f"{_NAME}-{{type}}.gguf", TARGETS)
-        small = [path for output in report.outputs for path in output.files]
+        quantize_gguf(exact, self.folder / f"{_NAME}-{{type}}.gguf", TARGETS)
         self._done("quantize", ", ".join(path.name for path in small))
-        (self.folder / "Modelfile").write_text(modelfile(small[0].name), encoding="utf-8")
-        self._done("Modelfile", f"FROM ./{small[0].name}")
-        return [exact, *small]
+        (self.folder / _MODELFILE).write_text(modelfile(small[0].name), encoding="utf-8")
+        self._done(_MODELFILE, f"FROM ./{small[0].name}")
 
-    def _prove(self, shards: Path, ggufs: Sequence[Path]) -> str:
+    def _prove(self, shards: Path) -> str:
         """Prove everything and return the sample."""
         from .checkpoint import load_model
         from .mesh import one_thread
@@ -251,14 +256,14 @@ class _Demo:
         model = load_model(shards)
         self._proven(merged_equals_shards(self.merged, shards))
         self._proven(merged_equals_torch(self.merged, model))
-        for path in ggufs:
+        for path in self.ggufs:
             self._proven(gguf_equals_model(path, self.merged))
         tokenizer = load_tokenizer(self.tokenizer)
         prompt, stop = tokenizer.encode(PROMPT, add_bos=True), tokenizer.eos_id()
         with one_thread():
             said = greedy(model, prompt, _SAMPLE_TOKENS, stop)
         if have_llamacpp():
-            self._proven(llamacpp_says_the_same(ggufs[0], prompt, *said, _SAMPLE_TOKENS, stop))
+            self._proven(llamacpp_says_the_same(self.ggufs[0], prompt, *said, _SAMPLE_TOKENS, stop))
         detail = f"{sum(p.ok for p in self.proofs)} of {len(self.proofs)} proofs hold"
         if not have_llamacpp():
             detail += "; llama.cpp was not asked (pip install xllamacpp to do so)"

@@ -153,9 +153,11 @@ def test_folders_of_others_are_left_alone(
     made: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     folder, _ = made
+    (tmp_path / "run.toml").touch()
     (tmp_path / "mine").write_text("keep")
-    for place, said in [(folder, "holds an earlier demo"), (tmp_path, "is not empty")]:
-        done = CliRunner().invoke(cli, ["demo", "--dir", str(place)])
+    for place, said in [(folder, "holds an earlier demo"), (tmp_path, "other things than a demo")]:
+        force = ["--force"] if place == tmp_path else []
+        done = CliRunner().invoke(cli, ["demo", "--dir", str(place), *force])
         assert done.exit_code
         assert said in str(done.exception)
     assert (tmp_path / "mine").read_text() == "keep"
