@@ -8,16 +8,18 @@ Every module of ``shardio/formats/`` with a ``FORMAT`` is a format: dropping a f
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
 from ..errors import ConfigError, FormatError, did_you_mean
 from .checkpoint import Checkpoint
 from .gc_pause import collection_paused
+from .worlds import world_of
 
 _TRACKERS = ("latest", "latest_checkpointed_iteration.txt", "latest_universal")
 _NUMBERED = re.compile(r"^(?:checkpoint|global_step|iter|step|epoch)[-_]?(\d+)$")
@@ -92,12 +94,40 @@ def open_checkpoint(
         ConfigError: unknown format name, unreadable config.
     """
     start = Path(path)
-    if not start.exists():
-        raise FormatError(f"{start}: no such file or folder")
     options = OpenOptions(config=Path(config) if config is not None else None)
-    fmt, root = locate(start, format)
-    with collection_paused():
-        return fmt.open(root, options)
+    try:
+        if not start.exists():
+            raise FormatError(f"{start}: no such file or folder")
+        fmt, root = locate(start, format)
+        with collection_paused():
+            found = _in_its_world(fmt.open(root, options))
+        _check_holds(start, root, found)
+    except OSError as e:  # links in a circle, no permission, names that are too long
+        raise FormatError(f"{e.filename or start}: cannot be read ({e.strerror})") from e
+    return found
+
+
+def _in_its_world(found: Checkpoint) -> Checkpoint:
+    """Name the world of tensor names that the container does not tell."""
+    naming = world_of(found.weights, found.naming) if found.naming == "hf" else found.naming
+    return found if naming == found.naming else replace(found, naming=naming)
+
+
+def _check_holds(start: Path, root: Path, found: Checkpoint) -> None:
+    """Refuse a checkpoint found one level above of which nothing lies where the user pointed: the
+    folder of a lost save must not become another step of the same run.
+    """
+    asked = (start if start.is_dir() else start.parent).resolve()
+    if root.resolve().is_relative_to(asked):
+        return
+    groups = (found.weights, *found.optimizer.values())
+    held = {path.parent for g in groups for t in g.values() for path, _, _ in t.spans()}
+    if any(folder.resolve().is_relative_to(asked) for folder in held):
+        return
+    raise FormatError(
+        f"{start}: no checkpoint found here. {_what_is_there(start)} The {found.format} "
+        f"checkpoint {found.path} beside it does not include it; name that one if it is meant"
+    )
 
 
 def locate(start: Path, format: str | None = None) -> tuple[Format, Path]:
@@ -126,7 +156,7 @@ def _neighbours(start: Path) -> Iterator[Path]:
             file = start / tracker
             if file.is_file() and file.stat().st_size < 4096:
                 name = file.read_text(encoding="utf-8", errors="replace").strip()
-                if name and "/" not in name and (start / name).is_dir():
+                if name and "/" not in name and os.path.isdir(start / name):  # noqa: PTH112
                     yield start / name
         children = [c for c in start.iterdir() if c.is_dir() and not c.name.startswith(".")]
         numbered = [(int(m[1]), c) for c in children if (m := _NUMBERED.match(c.name))]
@@ -139,7 +169,8 @@ def _neighbours(start: Path) -> Iterator[Path]:
 
 
 def _what_is_there(start: Path) -> str:
-    if start.is_file():
-        return f"The file has {start.stat().st_size} bytes."
+    if not start.is_dir():
+        plain = start.is_file()
+        return f"The file has {start.stat().st_size} bytes." if plain else "It is not a plain file."
     names = sorted(c.name for c in start.iterdir())[:8]
     return f"The folder holds: {', '.join(names)}." if names else "The folder is empty."

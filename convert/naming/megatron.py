@@ -15,15 +15,11 @@ from typing import Any
 from ...errors import ConfigError, did_you_mean
 from ...shardio.checkpoint import Checkpoint, Tensors
 from ._megatron_families import FAMILIES, Family
+from ._numbers import check_structure, count, experts_of, sizes_of
 from .record import Model, Naming, Request
 from .table import Table
-from .transforms import Sizes
 
 _EMBEDDING = "embedding.word_embeddings.weight"
-_STRUCTURE = (
-    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-    "intermediate_size", "n_embd", "n_layer", "n_head", "kv_lora_rank", "qk_rope_head_dim",
-)  # fmt: skip
 _REFUSED = {
     "attention_output_gate": "gated attention",
     "moe_mlp_glu_interleave_size": "interleaved gate and up rows",
@@ -43,7 +39,7 @@ def describe(ckpt: Checkpoint, request: Request) -> Model:
     family = _family(ckpt, request)
     derived = _config(family, args, ckpt.weights) if args else {}
     if ckpt.config is not None:
-        _check(ckpt, derived)
+        check_structure(ckpt, derived)
         config = dict(ckpt.config)
     elif derived:
         config = derived
@@ -58,7 +54,7 @@ def describe(ckpt: Checkpoint, request: Request) -> Model:
     if request.model_type is not None and config.get("model_type") != request.model_type:
         config |= {"model_type": family.model_type, "architectures": [family.architecture]}
     sizes = replace(
-        _sizes(config, tied, padded),
+        sizes_of(config, tied, padded),
         experts=_experts(ckpt.weights),
         zero_centered_norm=bool(
             args.get("layernorm_zero_centered_gamma") or args.get("apply_layernorm_1p")
@@ -80,8 +76,8 @@ def plan(ckpt: Checkpoint, request: Request) -> Model:
     config = dict(ckpt.config)
     family = _by_type(str(request.model_type or config.get("model_type")))
     tied = "lm_head.weight" not in ckpt.weights
-    padded = request.padded_vocab_size or _count(config, "vocab_size")
-    sizes = replace(_sizes(config, tied, padded), experts=_experts_of_config(config))
+    padded = request.padded_vocab_size or count(config, "vocab_size")
+    sizes = replace(sizes_of(config, tied, padded), experts=experts_of(config))
     args = {arg.split("|")[0]: config[key] for key, arg in family.keys if key in config}
     if "num_query_groups" not in args:
         args["num_query_groups"] = sizes.kv_heads
@@ -228,7 +224,7 @@ def _rope(args: Mapping[str, Any]) -> dict[str, Any]:
 
 def _mixture(family: Family, args: Mapping[str, Any], weights: Tensors) -> dict[str, Any]:
     """Settings of mixture-of-experts models that are no plain copy of an arg."""
-    layers = range(_count(args, "num_layers"))
+    layers = range(count(args, "num_layers"))
     dense = [i for i in layers if f"decoder.layers.{i}.mlp.router.weight" not in weights]
     if family.model_type.startswith("deepseek"):
         if dense != list(range(len(dense))):
@@ -236,24 +232,13 @@ def _mixture(family: Family, args: Mapping[str, Any], weights: Tensors) -> dict[
                 f"layers {dense} are dense: {family.model_type} has only the first so"
             )
         shared = args.get("moe_shared_expert_intermediate_size")
-        inner = _count(args, "moe_ffn_hidden_size", "ffn_hidden_size")
-        count = shared // inner if isinstance(shared, int) else None
-        return {"first_k_dense_replace": len(dense), "n_shared_experts": count}
+        inner = count(args, "moe_ffn_hidden_size", "ffn_hidden_size")
+        blocks = shared // inner if isinstance(shared, int) else None
+        return {"first_k_dense_replace": len(dense), "n_shared_experts": blocks}
     if family.model_type == "mixtral":
         return {}
     # softmax over the chosen experts alone equals normalised probabilities of all
     return {"mlp_only_layers": dense, "norm_topk_prob": not args.get("moe_router_pre_softmax")}
-
-
-def _check(ckpt: Checkpoint, derived: Mapping[str, Any]) -> None:
-    """Refuse a config.json of another model."""
-    given = ckpt.config or {}
-    for key in _STRUCTURE:
-        if key in derived and given.get(key) is not None and given[key] != derived[key]:
-            raise ConfigError(
-                f"{ckpt.path}: was trained with {key} = {derived[key]}, but the config.json in use "
-                f"says {given[key]}: it belongs to another model; give the right one with --config"
-            )
 
 
 def _vocabulary(
@@ -292,42 +277,9 @@ def _vocabulary(
     return padded, size, (warning,)
 
 
-def _sizes(config: Mapping[str, Any], tied: bool, padded: int) -> Sizes:
-    """Read the transforms' parameters from a Hugging Face config."""
-    heads = _count(config, "num_attention_heads", "n_head")
-    kv_heads = config.get("num_key_value_heads")
-    head_dim = config.get("head_dim")
-    return Sizes(
-        layers=_count(config, "num_hidden_layers", "n_layer"),
-        heads=heads,
-        kv_heads=heads if kv_heads is None else _count(config, "num_key_value_heads"),
-        head_dim=(
-            _count(config, "hidden_size", "n_embd") // heads
-            if head_dim is None
-            else _count(config, "head_dim")
-        ),
-        vocab_size=_count(config, "vocab_size"),
-        padded_vocab_size=padded,
-        tied=tied,
-    )
-
-
-def _count(settings: Mapping[str, Any], *keys: str) -> int:
-    """Return the first of the settings that is there; it must be a positive integer."""
-    value = next((settings[k] for k in keys if settings.get(k) is not None), None)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{keys[0]} is {value!r}: expected a positive integer")
-    return value
-
-
 def _experts(weights: Tensors) -> int:
     routers = [t.shape[0] for name, t in weights.items() if name.endswith("mlp.router.weight")]
     return max(routers, default=0)
-
-
-def _experts_of_config(config: Mapping[str, Any]) -> int:
-    keys = ("num_experts", "num_local_experts", "n_routed_experts")
-    return next((int(config[k]) for k in keys if isinstance(config.get(k), int)), 0)
 
 
 NAMING = Naming("megatron", "Megatron-LM", describe, plan)

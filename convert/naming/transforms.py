@@ -184,6 +184,19 @@ def _from_conv_qkv(tensors: Tensors, sizes: Sizes) -> list[LazyTensor]:
     return [group_qkv(split_rows(transpose(tensors[0]), widths), sizes)]
 
 
+def _zero_bias(step: Callable[[LazyTensor], LazyTensor]) -> Transform:
+    """A weight without bias -> the weight after ``step``, and a bias of zeros (one per row)."""
+
+    def forward(tensors: Tensors, sizes: Sizes) -> list[LazyTensor]:
+        weight = tensors[0]
+        return [step(weight), zeros(weight.shape[:1], weight.dtype)]
+
+    def inverse(tensors: Tensors, sizes: Sizes) -> list[LazyTensor]:
+        return [step(tensors[0])]
+
+    return Transform(forward, inverse)
+
+
 def _halves(tensors: Tensors, sizes: Sizes) -> list[LazyTensor]:
     n = tensors[0].shape[0]
     if n % 2:
@@ -259,6 +272,9 @@ TRANSFORMS: Mapping[str, Transform] = {
     "same": Transform(_same, _same),
     # [in, out] and [out, in]
     "transpose": Transform(_transpose, _transpose),
+    # models without biases, where Hugging Face has no such option
+    "same_zero_bias": _zero_bias(lambda t: t),
+    "transpose_zero_bias": _zero_bias(transpose),
     # rows [q*r, k, v] per query group -> q, k, v (Megatron)
     "split_qkv": Transform(_split_qkv, _join_qkv),
     # the same -> one transposed [q | k | v] (GPT-2's Conv1D)

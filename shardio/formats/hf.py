@@ -11,10 +11,12 @@ import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ...errors import FormatError, UnsupportedError
+from ..assets import load_json
 from ..checkpoint import Checkpoint
 from ..chunked import Chunked
 from ..hf_files import FileSet, choose, file_sets, read_index, set_of, shard_files, stale_files
@@ -89,12 +91,20 @@ def open_hf(root: Path, options: OpenOptions) -> Checkpoint:
         optimizer=_optimizer(folder, lazies, notes),
         step=_trainer_step(folder),
         config=config,
+        args=_params(folder) if files.stem.startswith("consolidated") else {},
         layout=Layout(format="hf"),
         replicas=copies,
         tied=tied,
         assets=assets,
         warnings=tuple(notes),
     )
+
+
+def _params(folder: Path) -> Mapping[str, Any]:
+    """Return the ``params.json`` that lies beside Mistral's own ``consolidated.safetensors``."""
+    path = folder / "params.json"
+    params = load_json(path) if path.is_file() else {}
+    return params if isinstance(params, dict) else {}
 
 
 def _parts(

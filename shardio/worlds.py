@@ -1,0 +1,42 @@
+"""Which naming world the keys of a state dict belong to, told by one marker name each.
+
+Plain containers (``torch.save``, DCP, safetensors) do not say which code trained the model, but
+its parameter names do: ``layers.0.attention.wq.weight`` is Meta's,
+``blocks.0.attention.w_q.weight`` OLMo-core's. Translating them is the business of
+``convert/naming``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from .tensor import LazyTensor
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+#: (naming, marker with # for numbers); the first that is there wins.
+_MARKERS = (
+    ("torchtitan", "layers.#.attention.qkv_linear.wq.weight"),
+    ("meta", "layers.#.attention.wq.weight"),
+    ("torchtune", "layers.#.attn.q_proj.weight"),
+    ("litgpt", "transformer.h.#.attn.qkv.weight"),
+    ("litgpt", "transformer.h.#.attn.attn.weight"),
+    ("olmo_core", "blocks.#.attention.w_q.weight"),
+)
+_GPT = "transformer.h.#.attn.c_attn.weight"
+
+
+def world_of(weights: Mapping[str, LazyTensor], default: str = "hf") -> str:
+    """Return the naming of a model's tensors (wrapper prefixes already stripped), or ``default``.
+
+    nanoGPT has GPT-2's names on linear layers, [3n, n], where GPT-2 has Conv1D, [n, 3n].
+    """
+    seen = {_NUMBER.sub("#", name): t for name, t in weights.items()}
+    for naming, marker in _MARKERS:
+        if marker in seen:
+            return naming
+    fused = seen.get(_GPT)
+    if fused is not None and fused.ndim == 2 and fused.shape[0] == 3 * fused.shape[1]:
+        return "nanogpt"
+    return default
