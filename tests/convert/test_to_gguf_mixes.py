@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 from mconv.cli import cli
 from mconv.convert.gguf import open_gguf
+from mconv.convert.llamacpp import generate, have_llamacpp
 from mconv.convert.quantize import QuantizeOptions, quantize_gguf
 from mconv.convert.to_gguf import to_gguf
 from mconv.errors import ConfigError, MconvError, QuantError
@@ -23,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import tiny
 
 VOCAB = 328
+RUN = ("F32", "Q6_K", "Q4_K_M", "IQ3_XXS", "IQ1_M", "TQ1_0", "MXFP4_MOE", "Q2_0")  # of each kind
 SPEC = Spec(layers=4, embd=256, ff=256, heads=8, kv_heads=2)
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 256,
@@ -104,3 +106,16 @@ def test_command(checkpoint: Path, tmp_path: Path) -> None:
         assert open_gguf(tmp_path / name).tensors["output.weight"].type.name == "Q8_0"
     result = CliRunner().invoke(cli, [*args, "--tensor-type", "x"])
     assert isinstance(result.exception, MconvError)
+
+
+@pytest.mark.skipif(not have_llamacpp(), reason="xllamacpp is not installed")
+def test_llamacpp_runs_the_files(checkpoint: Path, tmp_path: Path) -> None:
+    """A file of each kind loads and speaks; one with many bits says what the exact model says."""
+    options = QuantizeOptions(imatrix=write_imatrix(tmp_path / "i.gguf", SPEC))
+    to_gguf(checkpoint, tmp_path / "{type}.gguf", ",".join(RUN), quantization=options)
+    said = {kind: generate(tmp_path / f"{kind}.gguf", [5, 17, 99, 3], 4) for kind in RUN}
+    for kind, words in said.items():
+        assert len(words.tokens) >= 1, kind
+        assert all(np.isfinite(words.logprobs)), kind
+    assert said["Q6_K"].tokens[0] == said["F32"].tokens[0]
+    assert abs(said["Q6_K"].logprobs[0] - said["F32"].logprobs[0]) < 0.05
