@@ -69,8 +69,8 @@ def _problem(tensor: Chunked) -> str | None:
     pair = _overlap(tensor.chunks)
     if pair:
         a, b = pair
-        first, second = show((a.lo, a.hi)), show((b.lo, b.hi))
-        return f"{first} of {a.source.path} overlaps {second} of {b.source.path}"
+        one, other = show((a.lo, a.hi)), show((b.lo, b.hi))
+        return f"{one} of {a.source.path} overlaps {other} of {b.source.path}"
     if total != tensor.size:
         hole = _hole(tensor)
         place = f", first hole at {show(hole)}" if hole else ""

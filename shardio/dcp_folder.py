@@ -17,7 +17,7 @@ from .chunked import Chunk, Chunked
 from .dcp_items import ItemSource, check_transforms, read_object
 from .dcp_metadata import METADATA, ChunkEntry, Item, TensorEntry, check_files, read_dcp_metadata
 from .safetensors_header import Header, read_header
-from .source import FileSource, Source
+from .source import FileSource, Source, open_file
 from .state_tree import Deferred, KeyPath, guess_paths
 from .tensor import LazyTensor
 
@@ -125,7 +125,7 @@ class DcpFolder:
             if item.transforms:
                 check_transforms(self.folder / file, item)
                 return None
-            with (self.folder / file).open("rb") as f:
+            with open_file(self.folder / file) as f:
                 start = f.read(9)
             if start[8:] == b"{" and not start.startswith(b"PK"):
                 return read_header(self.folder / file)

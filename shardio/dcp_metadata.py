@@ -21,6 +21,7 @@ import numpy as np
 from ..errors import FormatError, UnsupportedError
 from .box import Index
 from .records import Record
+from .source import open_file
 from .unpickle import loads
 
 METADATA = ".metadata"
@@ -147,7 +148,8 @@ def _read_one(path: Path, folder: Path) -> DcpMetadata:
     try:
         if path.stat().st_size > _MAX_METADATA:
             raise FormatError(f"{path}: {path.stat().st_size} bytes is too large for metadata")
-        data = path.read_bytes()
+        with open_file(path) as file:
+            data = file.read()
     except OSError as e:
         raise FormatError(f"{path}: cannot be read ({e.strerror})") from None
     root = loads(data, where=str(path))

@@ -21,6 +21,7 @@ import numpy as np
 
 from ..errors import FormatError, UnsupportedError
 from . import dtypes
+from .source import open_file
 
 MAX_HEADER = 100_000_000
 _METADATA = "__metadata__"
@@ -67,7 +68,7 @@ def read_header(path: Path) -> Header:
         UnsupportedError: an element type that mconv does not know.
     """
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             size = os.fstat(file.fileno()).st_size
             raw = _read_json(path, file.read(8), size)
             text = file.read(raw)

@@ -8,12 +8,14 @@ pool, because a checkpoint can have thousands of files.
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 from ..errors import FormatError
 
@@ -43,13 +45,34 @@ class Source(Protocol):
         ...
 
 
+def open_descriptor(path: Path) -> int:
+    """Open a plain file for reading; unlike ``os.open`` never wait for the other end of a pipe.
+
+    Raises:
+        OSError: missing, unreadable, or not a plain file.
+    """
+    fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0))
+    mode = os.fstat(fd).st_mode
+    if stat.S_ISREG(mode):
+        return fd
+    os.close(fd)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    raise OSError(errno.EINVAL, "Not a plain file", str(path))
+
+
+def open_file(path: Path) -> BinaryIO:
+    """As ``open_descriptor``, as a buffered file object."""
+    return os.fdopen(open_descriptor(path), "rb")
+
+
 class _Handle:
     """An open descriptor; closed when the pool and the last reader let go of it."""
 
     __slots__ = ("fd",)
 
     def __init__(self, path: Path) -> None:
-        self.fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        self.fd = open_descriptor(path)
 
     def __del__(self) -> None:
         fd = getattr(self, "fd", -1)

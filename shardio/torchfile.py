@@ -17,6 +17,7 @@ import numpy as np
 
 from ..errors import FormatError, UnsupportedError
 from .records import Storage, StoredTensor
+from .source import open_descriptor, open_file
 from .torchlegacy import is_legacy, parse_storage_id, read_legacy
 from .torchzip import FileSlice, ZipDirectory
 from .unpickle import loads
@@ -65,7 +66,7 @@ def open_torch_file(path: Path, offset: int = 0, length: int | None = None) -> T
         UnsupportedError: TorchScript or tar files.
     """
     try:
-        fd = os.open(path, os.O_RDONLY)
+        fd = open_descriptor(path)
     except OSError as e:
         raise FormatError(f"{path}: cannot be opened: {e.strerror}") from None
     try:
@@ -160,7 +161,7 @@ def read_stored(tensor: StoredTensor) -> np.ndarray:
     span = tensor.span * tensor.dtype.itemsize
     path = tensor.storage.path
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             file.seek(tensor.file_offset)
             raw = bytearray(file.read(span))
     except OSError as e:

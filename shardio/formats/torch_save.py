@@ -16,6 +16,7 @@ from ..checkpoint import Checkpoint
 from ..dtensor import is_sharded
 from ..records import Record, StoredTensor
 from ..registry import Format, OpenOptions
+from ..source import open_file
 from ..state_checkpoint import build_checkpoint
 from ..state_tree import examine
 from ..torchfile import open_torch_file
@@ -45,7 +46,7 @@ def detect(path: Path) -> Path | None:
 
 def _is_torch_file(path: Path) -> bool:
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             start = file.read(512)
     except OSError:
         return False

@@ -132,8 +132,8 @@ def _experts_of(
     weight1 is declared (hidden, experts * rows) and weight2 (experts * columns, hidden), but both
     lie in memory as (experts, in, out): transposed linears one after the other.
     """
-    hidden = tensor.shape[0] if which == "1" else tensor.shape[1]
-    if not count or tensor.size % (count * hidden):
+    hidden = (tensor.shape[0] if which == "1" else tensor.shape[-1]) if tensor.ndim == 2 else 0
+    if not count or not hidden or tensor.size % (count * hidden):
         raise LayoutError(
             f"{where}: {prefix}.weight{which} of shape {tensor.shape} does not hold {count} experts"
         )
