@@ -102,12 +102,14 @@ def reshard(
     files = [*planned.files, plan_json("mconv.json", _provenance(ckpt, layout, weights))]
     report = _report(Path(dst), ready, planned, files)
     if not dry_run:
-        sources = {p for t in ckpt.weights.values() for p, _, _ in t.spans()}
+        groups = (ckpt.weights, *(ckpt.optimizer.values() if with_optimizer else ()))
+        sources = {p for g in groups for t in g.values() for p, _, _ in t.spans()}
         plan = fingerprint(files, sources, json.dumps([weights, layout.dtype]))
         write_folder(
             report.target,
             files,
             plan=plan,
+            sources=sources,
             force=force,
             resume=resume,
             limits=limits,

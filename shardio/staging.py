@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import MconvError, OutputError
+from .source import close_files
 from .stream import Journal, Limits, OutFile, Progress, output_error, write_files
 
 _PLAN = ".mconv-plan"
@@ -47,6 +48,7 @@ def write_folder(
     files: Sequence[OutFile],
     *,
     plan: str,
+    sources: Iterable[Path] = (),
     force: bool = False,
     resume: bool = False,
     limits: Limits | None = None,
@@ -58,6 +60,7 @@ def write_folder(
         target: the output folder; must not exist unless ``force``.
         files: what to write.
         plan: fingerprint of the work.
+        sources: files that are read; a target that holds one is never replaced.
         force: replace an existing target (after the new one is complete).
         resume: continue an interrupted run of the same plan.
         limits: memory and threads.
@@ -66,6 +69,10 @@ def write_folder(
     Raises:
         OutputError: target exists, no space, no permission, or nothing that fits to resume.
     """
+    place = target.resolve()
+    own = next((p for p in sources if p.resolve().is_relative_to(place)), None)
+    if own is not None:
+        raise OutputError(f"{target}: holds the source {own}; choose another output folder")
     with _staged(target, files, plan, force, resume, limits, progress) as folder:
         old = target.parent / f".{target.name}.mconv-old"
         if old.exists():
@@ -142,6 +149,7 @@ def _staged(
             (folder / _PLAN).unlink()
             _sync_folder(folder)
             yield folder
+            close_files()  # what was read under a name that now means another file
     except OSError as e:
         raise output_error(target, e) from e
 
