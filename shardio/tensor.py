@@ -185,7 +185,7 @@ def from_array(array: np.ndarray, origin: str = "computed") -> LazyTensor:
     from .chunked import Chunked
     from .source import MemorySource
 
-    data = np.ascontiguousarray(array)
+    data = np.asarray(array, order="C")
     return Chunked.contiguous(
         MemorySource(Path(f"<{origin}>"), data.tobytes()), 0, data.shape, data.dtype
     )
