@@ -47,8 +47,8 @@ def open_folder(root: Path, options: OpenOptions) -> Checkpoint:
         optimizer={s: renamed(t, table) for s, t in part.optimizer.items()},
         step=grid.step,
         config=config,
-        args=_args(grid, whole),
-        scalars=_scalars(grid) | part.scalars,
+        args=_args(grid, whole) | {"buffer_names": [table.get(n, n) for n in grid.first.buffers]},
+        scalars=_scalars(grid, table) | part.scalars,
         layout=Layout(FORMAT, tp=whole.tp, pp=whole.pp, dp=grid.dp, zero_stage=grid.stage),
         placements={table[n]: _mesh(whole, n) for n in part.weights if _mesh(whole, n)},
         replicas={table[n]: tuple(c) for n, c in part.copies.items()},
@@ -118,10 +118,8 @@ def _args(grid: Grid, whole: Whole) -> dict[str, Any]:
     names = hf_names(whole.part.weights, whole.part.tied) if grid.folder.layers else None
     if names:
         known["hf_names"] = names
-    for name in ("bf16", "fp16"):
-        section = first.config.get(name, first.config.get("bfloat16" if name == "bf16" else name))
-        if isinstance(section, dict) and section.get("enabled"):
-            known["training_dtype"] = "bfloat16" if name == "bf16" else "float16"
+    if first.training_dtype:
+        known["training_dtype"] = first.training_dtype
     if whole.averaged:
         known["averaged"] = whole.averaged
     for key in ("universal_checkpoint_info", "num_experts", "global_samples", "skipped_steps"):
@@ -130,10 +128,29 @@ def _args(grid: Grid, whole: Whole) -> dict[str, Any]:
     return known
 
 
-def _scalars(grid: Grid) -> dict[str, Any]:
+def _scalars(grid: Grid, names: Mapping[str, str]) -> dict[str, Any]:
     found: dict[str, Any] = {"lr_scheduler": grid.first.fields.plain("lr_scheduler")}
     for rank in grid.optims[0][:1]:
-        found["param_groups"] = list(rank.param_groups)
+        found["param_groups"] = [_named_group(grid, g, names) for g in rank.param_groups]
         found["optimizer_steps"] = list(rank.steps)
         found["loss_scaler"] = plain(rank.fields.get("loss_scaler"))
     return {k: v for k, v in found.items() if v is not None}
+
+
+def _named_group(grid: Grid, group: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """The settings of a group with the names of its weights instead of numbers of flat vectors.
+
+    Numbers stay where the files do not list names, or list names of pipeline layers.
+    """
+    found: dict[str, None] = {}
+    for ranks, optims in zip(grid.models, grid.optims, strict=True):
+        tables = ranks[0].groups or ()
+        if optims and len(tables) != len(optims[0].masters):
+            tables = tuple(t for t in tables if t)
+        for number in group.get("params") or ():
+            if type(number) is not int or not 0 <= number < len(tables):
+                return dict(group)
+            found |= dict.fromkeys(tables[number])
+    if not found or any(n not in names for n in found):
+        return dict(group)
+    return {**group, "params": [names[n] for n in found]}

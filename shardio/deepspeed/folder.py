@@ -84,10 +84,10 @@ def is_tag_folder(path: Path) -> bool:
         return False
 
 
-def latest(save_folder: Path) -> str | None:
+def latest(save_folder: Path, file_name: str = "latest") -> str | None:
     """Return the tag that a save folder's ``latest`` file names, or None. Never raises."""
     try:
-        with (save_folder / "latest").open("rb") as file:
+        with (save_folder / file_name).open("rb") as file:
             tag = file.read(_MAX_TAG + 1).decode("utf-8", "replace").strip()
     except OSError:
         return None

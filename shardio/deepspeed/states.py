@@ -67,6 +67,15 @@ class ModelState:
         config = self.fields.plain("ds_config")
         return config if isinstance(config, dict) else {}
 
+    @property
+    def training_dtype(self) -> str | None:
+        """What training computes in, by the ds_config; None for fp32."""
+        for name in ("bf16", "fp16"):
+            section = self.config.get(name, self.config.get("bfloat16" if name == "bf16" else name))
+            if isinstance(section, dict) and section.get("enabled"):
+                return "bfloat16" if name == "bf16" else "float16"
+        return None
+
     def client(self) -> dict[str, Any]:
         """What the training script added to the file, as plain data."""
         return {k: plain(v) for k, v in self.fields.data.items() if k not in _OWN_KEYS}

@@ -74,7 +74,8 @@ def open_universal(root: Path, options: OpenOptions) -> Checkpoint:
     models = _models(root)
     shapes = _shapes(models)
     _check(root, files, shapes)
-    masters = dict(ParameterFiles(files[_MASTER], shapes))
+    parameters = ParameterFiles(files[_MASTER], shapes)  # in the order of the model, not of names
+    masters = {n: parameters[n] for n in dict.fromkeys([*shapes, *parameters])}
     assets = find_assets([options.config] if options.config else around(root))
     config = load_config(assets)
     rest = _rest(models, masters, config)
@@ -98,8 +99,8 @@ def open_universal(root: Path, options: OpenOptions) -> Checkpoint:
         optimizer={"master": {table[n]: t for n, t in masters.items()}, **renamed},
         step=same_step(models),
         config=config,
-        args=_args(first, weights),
-        scalars=_scalars(root),
+        args=_args(first, weights, table),
+        scalars=_scalars(root, first, table),
         layout=Layout(FORMAT),
         tied={table[a]: table.get(o, o) for a, o in rest.tied.items()},
         assets=assets,
@@ -107,10 +108,14 @@ def open_universal(root: Path, options: OpenOptions) -> Checkpoint:
     )
 
 
-def _args(first: ModelState | None, weights: Mapping[str, LazyTensor]) -> dict[str, object]:
+def _args(
+    first: ModelState | None, weights: Mapping[str, LazyTensor], table: Mapping[str, str]
+) -> dict[str, object]:
     args: dict[str, object] = {}
     if first is not None:
         args = {"ds_config": first.config, "client_state": first.client()}
+        args["buffer_names"] = [table.get(n, n) for n in first.buffers]
+        args |= {"training_dtype": first.training_dtype} if first.training_dtype else {}
     names = hf_names(weights, {})
     return args | ({"hf_names": names} if names else {})
 
@@ -128,7 +133,8 @@ def _states(root: Path) -> dict[str, dict[str, Path]]:
 def _models(root: Path) -> list[ModelState]:
     folder = scan(root)
     paths = [folder.models[m] for m in sorted(folder.models)]
-    paths += [folder.shards[k] for k in sorted(folder.shards, key=lambda k: (k[1], k[0]))]
+    if not paths:  # else they say the same without the weights
+        paths = [folder.shards[k] for k in sorted(folder.shards, key=lambda k: (k[1], k[0]))]
     return read_all(paths, read_model)
 
 
@@ -212,14 +218,31 @@ def _has_data(model: ModelState) -> bool:
     return any((model.module or {})[n].numel > 1 for n in names)
 
 
-def _scalars(root: Path) -> dict[str, object]:
+def _scalars(root: Path, first: ModelState | None, table: Mapping[str, str]) -> dict[str, object]:
+    """Hyper-parameters and schedule; groups name their weights where the model file lists them."""
+    found: dict[str, object] = {}
+    if first is not None:
+        found["lr_scheduler"] = first.fields.plain("lr_scheduler")
     path = root / "zero" / "optimizer_state.pt"
-    if not path.is_file():
-        return {}
-    f = Fields(path, open_torch_file(path).root)
-    found = {}
-    for key in ("base_optimizer_state", "optimizer_state_dict"):
-        inner = f.mapping(key)
-        if inner is not None and "param_groups" in inner:
-            found["param_groups"] = plain(inner["param_groups"])
-    return found | {"loss_scaler": f.plain("loss_scaler")}
+    if path.is_file():
+        f = Fields(path, open_torch_file(path).root)
+        for key in ("base_optimizer_state", "optimizer_state_dict"):
+            inner = f.mapping(key)
+            if inner is not None and "param_groups" in inner:
+                found["param_groups"] = plain(inner["param_groups"])
+        groups = f.plain("param_groups") or found.get("param_groups")
+        if isinstance(groups, list):
+            found["param_groups"] = _named(groups, (first and first.groups) or (), table)
+        found["loss_scaler"] = f.plain("loss_scaler")
+    return {k: v for k, v in found.items() if v is not None}
+
+
+def _named(
+    groups: list[object], tables: tuple[dict[str, Shape], ...], table: Mapping[str, str]
+) -> list[object]:
+    if len(groups) != len(tables) or any(n not in table for t in tables for n in t):
+        return groups
+    return [
+        {**g, "params": [table[n] for n in names]} if isinstance(g, dict) else g
+        for g, names in zip(groups, tables, strict=True)
+    ]
