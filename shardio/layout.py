@@ -6,7 +6,12 @@ trainer how it cuts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+
+from ..errors import ConfigError, LayoutError, did_you_mean
+
+_ALIASES = {"zero": "zero_stage"}
+_SIZES = ("tp", "pp", "vpp", "ep", "etp", "cp", "dp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +28,9 @@ class Layout:
         cp: context parallel size.
         dp: data parallel size (ZeRO/FSDP partitions).
         zero_stage: ZeRO stage (0: parameters and optimizer are replicated over dp).
+        pp_layers: layers on each stage, first stage first (None: even).
+        make_vocab_divisible_by: pad the vocabulary to a multiple of this times tp, where the format
+            pads it.
         dtype: element type of the weights (None: as they are).
         max_shard_size: bytes of an output file (None: the format's default).
     """
@@ -36,8 +44,47 @@ class Layout:
     cp: int = 1
     dp: int = 1
     zero_stage: int = 0
+    pp_layers: tuple[int, ...] | None = None
+    make_vocab_divisible_by: int = 1
     dtype: str | None = None
     max_shard_size: int | None = None
+
+    def __post_init__(self) -> None:
+        for axis in _SIZES:
+            size = getattr(self, axis)
+            if size is not None and size < 1:
+                raise LayoutError(f"{axis}={size}: a size is at least 1")
+        if self.zero_stage not in (0, 1, 2, 3):
+            raise LayoutError(f"zero_stage={self.zero_stage}: ZeRO has stages 0 to 3")
+
+    @classmethod
+    def parse(cls, text: str) -> Layout:
+        """Return the layout of a short text: ``megatron:tp=2,pp=2``, ``deepspeed:zero=3,dp=4``.
+
+        ``pp_layers`` separates its numbers by ``+``.
+
+        Raises:
+            ConfigError: unknown keys or values that are no numbers.
+            LayoutError: sizes below 1.
+        """
+        name, _, options = text.partition(":")
+        values: dict[str, object] = {}
+        known = {f.name for f in fields(cls)} - {"format"}
+        for option in filter(None, options.split(",")):
+            key, _, value = option.partition("=")
+            key = _ALIASES.get(key.strip(), key.strip())
+            if key not in known:
+                raise ConfigError(f"layout {text!r}: no option {key!r}{did_you_mean(key, known)}")
+            try:
+                if key == "dtype":
+                    values[key] = value
+                elif key == "pp_layers":
+                    values[key] = tuple(int(n) for n in value.split("+"))
+                else:
+                    values[key] = int(value)
+            except ValueError:
+                raise ConfigError(f"layout {text!r}: {key} is a number, not {value!r}") from None
+        return cls(name.strip(), **values)  # type: ignore[arg-type]  # keys and values are checked
 
     def sizes(self) -> dict[str, int]:
         """The axes that are in use (size above 1, and the ZeRO stage when there is one)."""

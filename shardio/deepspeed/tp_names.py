@@ -26,6 +26,13 @@ _VOCABULARY = re.compile(r"(?:^|\.)(?:embed_tokens|word_embeddings|wte|lm_head|e
 _WHOLE = re.compile(r"(?:norm|ln_\d|ln_f|position_embeddings|rotary|router|gate\.w)[^.]*\b", re.I)
 
 
+def usual_dim(name: str) -> int | None:
+    """Return the dim on which tensor parallel usually cuts a parameter, None where it does not."""
+    if match := _ROW.search(name):
+        return 1 if match[1] == "weight" else None
+    return 0 if _COLUMN.search(name) or _VOCABULARY.search(name) else None
+
+
 def placement(
     name: str, shapes: Sequence[tuple[int, ...]], hints: Mapping[str, Any], source: str
 ) -> Placement:

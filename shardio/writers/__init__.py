@@ -41,12 +41,14 @@ class Writer:
         naming: the names it writes (``hf``, ``megatron``); the checkpoint is brought into them.
         plan: from checkpoint and layout to files. Optimizer states are written when the checkpoint
             has them. Raises LayoutError for a layout that cannot hold the model.
+        resumes: it is written to train on: optimizer states go along unless told otherwise.
     """
 
     name: str
     title: str
     naming: str
     plan: Callable[[Checkpoint, Layout], Planned]
+    resumes: bool = True
 
 
 @lru_cache(maxsize=1)

@@ -66,4 +66,4 @@ def _config(ckpt: Checkpoint, tensors: Mapping[str, LazyTensor]) -> dict[str, An
     return config
 
 
-WRITER = Writer("hf", "Hugging Face safetensors", "hf", plan)
+WRITER = Writer("hf", "Hugging Face safetensors", "hf", plan, resumes=False)

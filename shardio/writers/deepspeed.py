@@ -1,0 +1,204 @@
+"""``--to deepspeed``: ZeRO-1, 2 or 3 for ``dp`` ranks, which ``load_checkpoint`` resumes.
+
+``<tag>/`` with a model file (stage 3: one per rank), an optimizer file per rank, and ``latest``.
+Parameters lie in the flat vectors in the order of the checkpoint's weights, which must be the order
+in which the model registers them. Without optimizer states only stage 3 has optimizer files, since
+its weights lie there.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ...errors import LayoutError
+from ..box import Index
+from ..checkpoint import Checkpoint
+from ..deepspeed.flat_cut import FlatGroup, shard_vector, subgroups
+from ..deepspeed.state_files import SUB_GROUP, Source, model_state, optimizer_head, source_of
+from ..dtypes import BFLOAT16, is_float
+from ..layout import Layout
+from ..pickle_write import Instance, Name, torch_size
+from ..safetensors_plan import plan_bytes
+from ..stream import OutFile
+from ..tensor import LazyTensor
+from ..torchzip_plan import Vector, plan_torch_file
+from ..training_state import with_aliases
+from . import Planned, Writer
+from ._common import assets, only_axes
+
+
+def plan(ckpt: Checkpoint, layout: Layout) -> Planned:
+    """Plan the save folder.
+
+    Raises:
+        LayoutError: stage 0, or axes other than dp.
+    """
+    only_axes(layout, "dp", "zero_stage")
+    if not layout.zero_stage:
+        raise LayoutError("deepspeed: give the ZeRO stage: --zero-stage 1, 2 or 3")
+    source = source_of(ckpt, layout, layout.zero_stage)
+    make = _sharded if layout.zero_stage == 3 else _replicated
+    files = list(make(source, layout))
+    files.append(plan_bytes("latest", source.tag.encode()))
+    return Planned((*files, *assets(ckpt)), tuple(source.notes))
+
+
+def _name(source: Source, rank: int) -> str:
+    prefix = "bf16_" if source.dtype == BFLOAT16 else ""
+    return f"{source.tag}/{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+
+
+def _shapes(source: Source) -> list[dict[str, Index]]:
+    """Parameters of each group, in flat order."""
+    weights = source.ckpt.weights
+    return [{n: weights[n].shape for n in g.names} for g in source.training.groups]
+
+
+def _param_shapes(groups: list[dict[str, Index]]) -> list[OrderedDict[str, Any]]:
+    return [OrderedDict((n, torch_size(s)) for n, s in g.items()) for g in groups]
+
+
+def _module(source: Source) -> dict[str, LazyTensor]:
+    """All weights in the training dtype, tied ones as one storage; buffers as they are."""
+    buffers = set(source.training.buffers)
+    found = {
+        n: t if n in buffers or not is_float(t.dtype) else t.cast(source.dtype)
+        for n, t in source.ckpt.weights.items()
+    }
+    return with_aliases(found, source.ckpt.tied)
+
+
+def _optimizer(source: Source, states: Mapping[int, Any], params: list[list[int]]) -> Any:
+    groups = [
+        {**g.settings, "params": p} for g, p in zip(source.training.groups, params, strict=True)
+    ]
+    return {"state": dict(states), "param_groups": groups}
+
+
+# -- stages 1 and 2 -------------------------------------------------------------------------------
+
+
+def _replicated(source: Source, layout: Layout) -> Iterator[OutFile]:
+    shapes = _shapes(source)
+    module = _module(source)
+    state = model_state(source, module, layout.dp)
+    frozen = {n: module[n] for n in source.training.frozen} if layout.zero_stage == 2 else None
+    state["param_shapes"] = _param_shapes(shapes)
+    state["frozen_param_shapes"] = None
+    state["frozen_param_fragments"] = None
+    if frozen is not None:
+        state["frozen_param_shapes"] = OrderedDict(
+            (n, torch_size(t.shape)) for n, t in frozen.items()
+        )
+        state["frozen_param_fragments"] = OrderedDict(frozen)
+    yield plan_torch_file(f"{source.tag}/mp_rank_00_model_states.pt", state)
+    if not source.training.states:
+        source.note(
+            "no optimizer files: load with load_optimizer_states=False (load_module_only=True)"
+        )
+        return
+    groups = [FlatGroup(s, layout.dp) for s in shapes]
+    for rank in range(layout.dp):
+        yield _partition(source, layout, groups, rank)
+
+
+def _partition(source: Source, layout: Layout, groups: list[FlatGroup], rank: int) -> OutFile:
+    training = source.training
+    states = {}
+    for k, group in enumerate(groups):
+        moments = {s: group.vector(t, rank, padded=True) for s, t in training.states.items()}
+        states[k] = {"step": training.step, **moments}
+    optimizer = {
+        **optimizer_head(source),
+        "base_optimizer_state": _optimizer(source, states, [[k] for k in range(len(groups))]),
+        "single_partition_of_fp32_groups": [
+            g.vector(training.masters, rank, padded=False) for g in groups
+        ],
+        "zero_stage": layout.zero_stage,
+        "group_paddings": [g.size - g.lean(rank) for g in groups],
+        "param_alignment_paddings": [[0] * len(g.shapes) for g in groups],
+        "partition_count": [layout.dp] * len(groups),
+        "param_slice_mappings": [
+            OrderedDict((n, _address(*place)) for n, place in g.slices(rank).items())
+            for g in groups
+        ],
+    }
+    return _optimizer_file(source, rank, optimizer)
+
+
+def _optimizer_file(source: Source, rank: int, optimizer: Mapping[str, Any]) -> OutFile:
+    root = {
+        "optimizer_state_dict": optimizer,
+        "ds_config": source.config,
+        "ds_version": optimizer["ds_version"],
+    }
+    return plan_torch_file(_name(source, rank), root)
+
+
+def _address(start: int, numel: int) -> Instance:
+    cls = Name("deepspeed.utils.tensor_fragment", "fragment_address")
+    return Instance(cls, {"numel": numel, "start": start})
+
+
+# -- stage 3 --------------------------------------------------------------------------------------
+
+
+def _sharded(source: Source, layout: Layout) -> Iterator[OutFile]:
+    limit = int(source.config["zero_optimization"].get("sub_group_size", SUB_GROUP))
+    cut = [subgroups(shapes, layout.dp, limit) for shapes in _shapes(source)]
+    flat = [sub for subs in cut for sub in subs]
+    if len(flat) > len(cut):
+        source.note(
+            f"cut into {len(flat)} sub-groups of {limit} elements per rank: train with the same "
+            "zero_optimization.sub_group_size"
+        )
+    for rank in range(layout.dp):
+        yield _model_shard(source, layout, flat, rank)
+    numbers = iter(range(len(flat)))
+    params = [[next(numbers) for _ in subs] for subs in cut]
+    for rank in range(layout.dp):
+        yield _optimizer_shard(source, layout, flat, params, rank)
+
+
+def _model_shard(
+    source: Source, layout: Layout, flat: list[dict[str, Index]], rank: int
+) -> OutFile:
+    """Placeholders of all parameters, buffers, this rank's part of the frozen ones."""
+    module: dict[str, Any] = dict(_module(source))
+    buffers, frozen = set(source.training.buffers), source.training.frozen
+    hollow = Vector(source.dtype, 0)
+    placeholders = {n: t if n in buffers else hollow for n, t in module.items()}
+    state = model_state(source, placeholders, layout.dp)
+    state["param_shapes"] = _param_shapes(flat)
+    state["frozen_param_shapes"] = OrderedDict((n, torch_size(module[n].shape)) for n in frozen)
+    state["frozen_param_fragments"] = OrderedDict(
+        (n, shard_vector({n: module[n].shape}, module, rank, layout.dp)) for n in frozen
+    )
+    return plan_torch_file(f"{source.tag}/zero_pp_rank_{rank}_mp_rank_00_model_states.pt", state)
+
+
+def _optimizer_shard(
+    source: Source,
+    layout: Layout,
+    flat: list[dict[str, Index]],
+    params: list[list[int]],
+    rank: int,
+) -> OutFile:
+    training, world = source.training, layout.dp
+    states: dict[int, Any] = {}
+    for k, sub in enumerate(flat) if training.states else ():
+        moments = {s: shard_vector(sub, t, rank, world) for s, t in training.states.items()}
+        states[k] = {"step": training.step, **moments}
+    optimizer = {
+        **optimizer_head(source),
+        "zero_stage": 3,
+        "partition_count": world,
+        "optimizer_state_dict": _optimizer(source, states, params),
+        "fp32_flat_groups": [shard_vector(sub, training.masters, rank, world) for sub in flat],
+    }
+    return _optimizer_file(source, rank, optimizer)
+
+
+WRITER = Writer("deepspeed", "DeepSpeed ZeRO-1, 2 or 3", "hf", plan)
