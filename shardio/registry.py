@@ -109,8 +109,10 @@ def open_checkpoint(
 
 def _in_its_world(found: Checkpoint) -> Checkpoint:
     """Name the world of tensor names that the container does not tell."""
-    naming = world_of(found.weights, found.naming) if found.naming == "hf" else found.naming
-    return found if naming == found.naming else replace(found, naming=naming)
+    if found.naming != "hf":
+        return found
+    naming = world_of(found.weights, found.format)
+    return found if naming == "hf" else replace(found, naming=naming)
 
 
 def _check_holds(start: Path, root: Path, found: Checkpoint) -> None:

@@ -18,25 +18,29 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 #: (naming, marker with # for numbers); the first that is there wins.
 _MARKERS = (
     ("torchtitan", "layers.#.attention.qkv_linear.wq.weight"),
+    ("torchtitan", "layers.#.attention.wkv_a.weight"),
     ("meta", "layers.#.attention.wq.weight"),
     ("torchtune", "layers.#.attn.q_proj.weight"),
     ("litgpt", "transformer.h.#.attn.qkv.weight"),
     ("litgpt", "transformer.h.#.attn.attn.weight"),
     ("olmo_core", "blocks.#.attention.w_q.weight"),
 )
+_QUERY_NORM = "layers.#.attention.q_norm.weight"
 _GPT = "transformer.h.#.attn.c_attn.weight"
 
 
-def world_of(weights: Mapping[str, LazyTensor], default: str = "hf") -> str:
-    """Return the naming of a model's tensors (wrapper prefixes already stripped), or ``default``.
+def world_of(weights: Mapping[str, LazyTensor], container: str = "") -> str:
+    """Return the naming of a model's tensors (no wrapper prefixes); ``hf`` if unknown.
 
+    torchtitan began with Meta's names, which it saves as DCP where Meta never does (``container``);
     nanoGPT has GPT-2's names on linear layers, [3n, n], where GPT-2 has Conv1D, [n, 3n].
     """
     seen = {_NUMBER.sub("#", name): t for name, t in weights.items()}
     for naming, marker in _MARKERS:
         if marker in seen:
-            return naming
+            titan = naming == "meta" and (container == "dcp" or _QUERY_NORM in seen)
+            return "torchtitan" if titan else naming
     fused = seen.get(_GPT)
     if fused is not None and fused.ndim == 2 and fused.shape[0] == 3 * fused.shape[1]:
         return "nanogpt"
-    return default
+    return "hf"

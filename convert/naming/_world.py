@@ -81,8 +81,9 @@ class World:
         variant = self._variant(ckpt, str(kind))
         config |= {"model_type": kind, "architectures": [variant.architecture]}
         table = Table(str(kind), variant.rules)
-        tied = _provider(variant, "head") not in ckpt.weights
-        padded = _rows(ckpt, _provider(variant, "embedding"))
+        tied = not any(n in ckpt.weights for n in _providers(variant, "head"))
+        embedding = next(iter(_providers(variant, "embedding")))
+        padded = _rows(ckpt, embedding)
         size = request.vocab_size or config.get("vocab_size") or padded
         if not isinstance(size, int) or size > padded:
             raise ConfigError(
@@ -91,7 +92,7 @@ class World:
             )
         config |= {"vocab_size": size, "tie_word_embeddings": tied}
         if config is not ckpt.config and "torch_dtype" not in config and derived:
-            config["torch_dtype"] = ckpt.weights[_provider(variant, "embedding")].dtype.name
+            config["torch_dtype"] = ckpt.weights[embedding].dtype.name
         sizes = replace(sizes_of(config, tied, padded), experts=experts_of(config))
         return Model(
             table,
@@ -124,9 +125,9 @@ class World:
         )
 
 
-def _provider(variant: Variant, need: str) -> str:
-    """Return the foreign name of the tensor that every model has one of."""
-    return next(r.left[0] for r in variant.rules if need in r.needs)
+def _providers(variant: Variant, need: str) -> list[str]:
+    """Return the foreign names of the tensor that every model has one of."""
+    return [r.left[0] for r in variant.rules if need in r.needs]
 
 
 def _rows(ckpt: Checkpoint, name: str) -> int:

@@ -153,9 +153,6 @@ def test_gpt2_of_hugging_face_is_not_nanogpt() -> None:
 
 
 def test_no_settings_and_no_config_is_refused() -> None:
-    arrays = {"layers.0.attention.wq.weight": _array(8, 8), "tok_embeddings.weight": _array(4, 8)}
-        "layers.0.attention.wq.weight": _array(16, 16),
-        "tok_embeddings.weight": _array(4, 16),
-    }
+    names = ("layers.0.attention.wq.weight", "tok_embeddings.weight")
     with pytest.raises(ConfigError, match="--config"):
-        to_hf(_checkpoint("meta", arrays))
+        to_hf(_checkpoint("meta", {n: _array(8, 8) for n in names}))
