@@ -9,13 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 
 import numpy as np
 
 from ...shardio.chunked import Chunked
 from ...shardio.source import MemorySource
 from ...shardio.tensor import LazyTensor, concat, from_array
+from ..movement import (
+    deinterleave,
+    group_qkv,
+    halves,
+    interleave,
+    rows,
+    split_rows,
+    stack_experts,
+    transpose,
+    ungroup_qkv,
+    unstack_experts,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,22 +76,6 @@ class Transform:
     changes_values: bool = False
 
 
-# -- pieces --------------------------------------------------------------------------------------
-
-
-def rows(tensor: LazyTensor, start: int, end: int) -> LazyTensor:
-    """Return rows ``start`` to ``end`` (the leading dim)."""
-    return tensor.slice([slice(start, end)])
-
-
-def split_rows(tensor: LazyTensor, widths: Sequence[int]) -> list[LazyTensor]:
-    """Cut the leading dim into parts. Raises ValueError when they do not add up."""
-    if sum(widths) != tensor.shape[0]:
-        raise ValueError(f"{tensor.shape[0]} rows, expected {' + '.join(map(str, widths))}")
-    ends = [sum(widths[: k + 1]) for k in range(len(widths))]
-    return [rows(tensor, e - w, e) for e, w in zip(ends, widths, strict=True)]
-
-
 def zeros(shape: Sequence[int], dtype: np.dtype) -> LazyTensor:
     """Return a lazy tensor of zeros that holds one element in memory."""
     one = from_array(np.zeros(1, dtype), "zeros")
@@ -88,58 +83,6 @@ def zeros(shape: Sequence[int], dtype: np.dtype) -> LazyTensor:
     source = one.chunks[0].source
     assert isinstance(source, MemorySource)
     return Chunked.strided(source, 0, shape, [0] * len(shape), np.dtype(dtype))
-
-
-def transpose(tensor: LazyTensor) -> LazyTensor:
-    """Swap the dims of a matrix; vectors stay (the biases beside transposed weights)."""
-    return tensor.permute((1, 0)) if tensor.ndim == 2 else tensor
-
-
-def ungroup_qkv(qkv: LazyTensor, sizes: Sizes) -> list[LazyTensor]:
-    """Split rows [q*r, k, v] of each query group into q, k and v, heads in order.
-
-    Raises:
-        ValueError: the rows are not (heads + 2 * kv_heads) * head_dim.
-    """
-    groups, d = sizes.kv_heads, sizes.head_dim
-    if sizes.heads % groups or qkv.shape[0] != (sizes.heads + 2 * groups) * d:
-        raise ValueError(
-            f"{qkv.shape[0]} rows do not hold {sizes.heads} query heads and 2 x {groups} key/value "
-            f"heads of {d} rows"
-        )
-    parts = split_rows(qkv, [sizes.heads // groups * d, d, d] * groups)
-    return [concat(parts[k::3]) for k in range(3)]
-
-
-def group_qkv(parts: Tensors, sizes: Sizes) -> LazyTensor:
-    """The inverse of ``ungroup_qkv``. Raises ValueError when shapes do not fit."""
-    groups, d = sizes.kv_heads, sizes.head_dim
-    widths = [sizes.heads // groups * d, d, d]
-    q, k, v = (split_rows(p, [w] * groups) for p, w in zip(parts, widths, strict=True))
-    return concat([piece for group in zip(q, k, v, strict=True) for piece in group])
-
-
-def interleave(tensor: LazyTensor, heads: int) -> LazyTensor:
-    """Reorder the rows of each head from (half, pair) to (pair, half): rotary pairs adjacent.
-
-    Raises:
-        ValueError: the rows do not divide into heads of two halves.
-    """
-    return _swap_inner(tensor, heads, 2)
-
-
-def deinterleave(tensor: LazyTensor, heads: int) -> LazyTensor:
-    """The inverse of ``interleave``: (pair, half) to (half, pair)."""
-    return _swap_inner(tensor, heads, tensor.shape[0] // heads // 2)
-
-
-def _swap_inner(tensor: LazyTensor, heads: int, outer: int) -> LazyTensor:
-    n, rest = tensor.shape[0], tensor.shape[1:]
-    if not heads or not outer or n % (heads * outer) or n % (2 * heads):
-        raise ValueError(f"{n} rows do not divide into {heads} heads of two halves")
-    view = tensor.reshape((heads, outer, n // heads // outer, *rest))
-    axes = (0, 2, 1, *range(3, 3 + len(rest)))
-    return view.permute(axes).reshape(tensor.shape)
 
 
 def _shift(delta: float, dtype: np.dtype) -> Callable[[np.ndarray], np.ndarray]:
@@ -160,28 +103,32 @@ def _transpose(tensors: Tensors, sizes: Sizes) -> list[LazyTensor]:
     return [transpose(t) for t in tensors]
 
 
+def _heads(sizes: Sizes) -> tuple[int, int, int]:
+    return sizes.heads, sizes.kv_heads, sizes.head_dim
+
+
 def _join_qkv(tensors: Tensors, sizes: Sizes) -> list[LazyTensor]:
     q, k, v = tensors
     if sizes.rotary_interleaved:
         q, k = interleave(q, sizes.heads), interleave(k, sizes.kv_heads)
-    return [group_qkv([q, k, v], sizes)]
+    return [group_qkv([q, k, v], *_heads(sizes))]
 
 
 def _split_qkv(tensors: Tensors, sizes: Sizes) -> list[LazyTensor]:
-    q, k, v = ungroup_qkv(tensors[0], sizes)
+    q, k, v = ungroup_qkv(tensors[0], *_heads(sizes))
     if sizes.rotary_interleaved:
         q, k = deinterleave(q, sizes.heads), deinterleave(k, sizes.kv_heads)
     return [q, k, v]
 
 
 def _to_conv_qkv(tensors: Tensors, sizes: Sizes) -> list[LazyTensor]:
-    return [transpose(concat(ungroup_qkv(tensors[0], sizes)))]
+    return [transpose(concat(ungroup_qkv(tensors[0], *_heads(sizes))))]
 
 
 def _from_conv_qkv(tensors: Tensors, sizes: Sizes) -> list[LazyTensor]:
     d = sizes.head_dim
     widths = [sizes.heads * d, sizes.kv_heads * d, sizes.kv_heads * d]
-    return [group_qkv(split_rows(transpose(tensors[0]), widths), sizes)]
+    return [group_qkv(split_rows(transpose(tensors[0]), widths), *_heads(sizes))]
 
 
 def _zero_bias(step: Callable[[LazyTensor], LazyTensor]) -> Transform:
@@ -198,10 +145,7 @@ def _zero_bias(step: Callable[[LazyTensor], LazyTensor]) -> Transform:
 
 
 def _halves(tensors: Tensors, sizes: Sizes) -> list[LazyTensor]:
-    n = tensors[0].shape[0]
-    if n % 2:
-        raise ValueError(f"{n} rows do not divide into gate and up")
-    return split_rows(tensors[0], [n // 2, n // 2])
+    return halves(tensors[0])
 
 
 def _join(tensors: Tensors, sizes: Sizes) -> list[LazyTensor]:
@@ -228,15 +172,11 @@ def _pad_vocab(tensors: Tensors, sizes: Sizes) -> list[LazyTensor]:
 
 
 def _stack(tensors: Tensors, sizes: Sizes) -> list[LazyTensor]:
-    return [concat([t.reshape((1, *t.shape)) for t in tensors])]
+    return [stack_experts(tensors)]
 
 
 def _unstack(tensors: Tensors, sizes: Sizes) -> list[LazyTensor]:
-    whole = tensors[0]
-    rest = whole.shape[1:]
-    if prod(rest) * sizes.experts != whole.size:
-        raise ValueError(f"{whole.shape[0]} stacked experts, expected {sizes.experts}")
-    return [rows(whole, e, e + 1).reshape(rest) for e in range(sizes.experts)]
+    return unstack_experts(tensors[0], sizes.experts)
 
 
 def _plus_one(tensors: Tensors, sizes: Sizes) -> list[LazyTensor]:

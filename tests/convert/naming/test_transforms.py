@@ -7,13 +7,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mconv.convert.naming.transforms import (
-    TRANSFORMS,
-    Sizes,
-    deinterleave,
-    interleave,
-    zeros,
-)
+from mconv.convert.movement import deinterleave, interleave
+from mconv.convert.naming.transforms import TRANSFORMS, Sizes, zeros
 from mconv.shardio.tensor import LazyTensor, from_array
 
 NAMES = sorted(TRANSFORMS)
