@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,20 +94,27 @@ def command(
             limits=limits(max_memory, threads),
             progress=progress,
         )
-    seconds = time.monotonic() - started
-    reports = (report, *report.more)
+    _show((report, *report.more), time.monotonic() - started, dry_run, as_json, quiet)
+
+
+def _show(
+    reports: Sequence[GgufReport], seconds: float, dry_run: bool, as_json: bool, quiet: bool
+) -> None:
     if as_json:
         first, *more = [_as_json(one) for one in reports]
         show_json({**first, "more": more, "seconds": round(seconds, 3), "dry_run": dry_run})
         return
-    if not quiet:
-        warn(report.warnings)
-        verb = "would write" if dry_run else "wrote"
-        for one in reports:
-            click.echo(
-                f"{verb} {one.target}: {one.architecture} {one.type}, {len(one.tensors)} tensors, "
-                f"{human(one.nbytes)} in {seconds:.1f} s"
-            )
+    if quiet:
+        return
+    warn(tuple(dict.fromkeys(text for one in reports for text in one.warnings)))
+    verb = "would write" if dry_run else "wrote"
+    for one in reports:
+        name = one.target.with_name(one.files[0])
+        rest = f" and {len(one.files) - 1} more" if len(one.files) > 1 else ""
+        click.echo(
+            f"{verb} {name}{rest}: {one.architecture} {one.type}, {len(one.tensors)} tensors, "
+            f"{human(one.nbytes)} in {seconds:.1f} s"
+        )
 
 
 def _as_json(report: GgufReport) -> dict[str, Any]:

@@ -122,28 +122,17 @@ def to_gguf(
     Raises:
         MconvError: any bad input, impossible request or full disk; nothing is left behind.
     """
-    options = quantization or QuantizeOptions()
-    if options.prune_layers or options.keep_split:
-        raise ConfigError("layers are pruned, and splits kept, by `mconv quantize` on a GGUF file")
     folder = Path(tokenizer) if tokenizer is not None else None
-    target = Path(out)
-    if target.is_dir() and "," not in type:
-        raise OutputError(f"{target}: is a folder; name the file, such as {target / 'model.gguf'}")
+    options = quantization or QuantizeOptions()
+    _check(Path(out), type, options)
     ckpt = opened(src, config)
     ready = prepare(ckpt, weights=weights, vocab_size=vocab_size, tokenizer=folder, verify=verify)
-    reports, files = _plan(ready, target, type, folder, name, pre, options)
+    reports, files = _plan(ready, Path(out), type, folder, name, pre, options)
     if not dry_run:
-        sources = {path for t in ckpt.weights.values() for path, _, _ in t.spans()}
-        if options.imatrix is not None:
-            sources.add(Path(options.imatrix))
+        plan = _fingerprint(files, ckpt, [weights], options)
+        target = reports[0].target
         write_loose(
-            reports[0].target,
-            files,
-            plan=fingerprint(files, sources, json.dumps([weights, *map(_digest, files)])),
-            force=force,
-            resume=resume,
-            limits=limits,
-            progress=progress,
+            target, files, plan=plan, force=force, resume=resume, limits=limits, progress=progress
         )
     return replace(reports[0], more=tuple(reports[1:]))
 
@@ -219,8 +208,11 @@ class _Model:
     def entries(self, file_type: int) -> list[KeyValue]:
         """The converter's entries."""
         shapes = [(m.name, m.tensor.shape) for m in self.mapped]
+        general = general_entries(self.architecture.name, self.folder, shapes, self.name)
         return [
-            *general_entries(self.architecture.name, self.folder, shapes, self.name),
+            general[0],
+            *self.architecture.first_keys(self.config),
+            *general[1:],
             *model_entries(self.architecture, self.config, file_type),
             u32("general.quantization_version", _QUANTIZATION_VERSION),
             *self.vocabulary,
@@ -242,11 +234,26 @@ class _Model:
         )
 
 
-def _digest(file: OutFile) -> str:
-    """Return the digest of the header, so that a resumed run has the same metadata."""
-    header = file.parts[0][1]
-    assert isinstance(header, BytesPayload)
-    return hashlib.sha256(header.data).hexdigest()
+def _check(out: Path, type: str, options: QuantizeOptions) -> None:
+    if options.prune_layers or options.keep_split:
+        raise ConfigError("layers are pruned, and splits kept, by `mconv quantize` on a GGUF file")
+    if out.is_dir() and "," not in type:
+        raise OutputError(f"{out}: is a folder; name the file, such as {out / 'model.gguf'}")
+
+
+def _fingerprint(
+    files: Sequence[OutFile], ckpt: Checkpoint, asked: Sequence[str], options: QuantizeOptions
+) -> str:
+    """Digest of the work, headers included, so that a resumed run has the same metadata."""
+    sources = {path for t in ckpt.weights.values() for path, _, _ in t.spans()}
+    if options.imatrix is not None:
+        sources.add(Path(options.imatrix))
+    headers = []
+    for file in files:
+        header = file.parts[0][1]
+        assert isinstance(header, BytesPayload)
+        headers.append(hashlib.sha256(header.data).hexdigest())
+    return fingerprint(files, sources, json.dumps([*asked, *headers]))
 
 
 def model_folder(ckpt: Checkpoint) -> Path:
