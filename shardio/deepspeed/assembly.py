@@ -104,7 +104,10 @@ def _without_optimizer(grid: Grid) -> list[str]:
 def _unfinished_latest(root: Path) -> list[str]:
     """``latest`` is written last: a tag that it names and that is not there was lost since."""
     tag = latest(root.resolve().parent)
-    if tag is None or (root.resolve().parent / tag).is_dir():
+    if tag is None or tag == root.resolve().name:
+        return []
+    named = root.resolve().parent / tag
+    if named.is_dir() and any(named.iterdir()):
         return []
     return [
         f"{root.parent / 'latest'} names {tag}, which is not there: this is an older save "

@@ -222,12 +222,21 @@ def tracker_warnings(root: Path) -> list[str]:
     m = _ITERATION.match(root.name)
     latest = tracked(root.parent) if m else None
     newest = _ITERATION.match(latest.name) if latest is not None else None
+    if m and newest and int(m[1]) < int(newest[1]) and not (latest and _holds_files(latest)):
+        return [
+            f"{root.parent / TRACKER} names {newest[0]}, which is not there: {root.name} is an "
+            "older save"
+        ]
     if m and newest and int(m[1]) > int(newest[1]):
         return [
             f"{root.name} is newer than the last finished save ({root.parent / TRACKER} says "
             f"{int(newest[1])}): this save may be incomplete"
         ]
     return []
+
+
+def _holds_files(folder: Path) -> bool:
+    return folder.is_dir() and any(p.is_file() for p in folder.rglob("*"))
 
 
 FORMAT = Format(

@@ -25,10 +25,12 @@ from ..megatron.ranks import TRACKER
 from ..megatron.settings import Sizes, number, parallel_sizes, plain_args
 from ..megatron.stacked import unstack
 from ..registry import Format, OpenOptions
+from ..source import open_file
 from ..state_checkpoint import model_files
 from .megatron import tracked, tracker_warnings
 
 _MODEL = re.compile(r"^(?:model\.|module\.)*(?:embedding|decoder|encoder|output_layer|mtp)\.")
+_LOOK = 1 << 20  # bytes of .metadata in which a known name must occur
 _BUFFERS = re.compile(r"(?:^|\.)(?:rng_state|rerun_state_machine_state|dataloader)")
 
 
@@ -47,11 +49,20 @@ def detect(path: Path) -> Path | None:
 
 
 def _backend(folder: Path) -> str | None:
-    """The container's name; plain DCP counts when it lies in a run folder of Megatron."""
+    """The container's name; plain DCP counts when it lies in a run folder of Megatron, or holds its
+    names (a copied iteration folder).
+    """
     known = backend_of(folder)
-    if known is None and metadata_files(folder) and (folder.parent / TRACKER).is_file():
+    files = metadata_files(folder) if known is None else []
+    if files and ((folder.parent / TRACKER).is_file() or _has_our_names(files[0])):
         return "torch_dcp"
     return known
+
+
+def _has_our_names(metadata: Path) -> bool:
+    with open_file(metadata) as file:
+        start = file.read(_LOOK)
+    return b"embedding.word_embeddings.weight" in start or b"_attention.linear_qkv." in start
 
 
 def open_dist(root: Path, options: OpenOptions) -> Checkpoint:
