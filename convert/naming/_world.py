@@ -49,6 +49,7 @@ class World:
         buffers: prefixes of names that Hugging Face has no place for.
         left_out: further such names, found by looking at the tensors.
         notes: warnings about the settings.
+        rotary_pairs: whether q and k have rotary pairs in adjacent rows (for transforms that ask).
     """
 
     name: str
@@ -59,6 +60,7 @@ class World:
     buffers: tuple[str, ...] = ()
     left_out: Callable[[Checkpoint], tuple[str, ...]] = lambda ckpt: ()
     notes: Callable[[Checkpoint], tuple[str, ...]] = lambda ckpt: ()
+    rotary_pairs: Callable[[Checkpoint], bool] = lambda ckpt: False
 
     @property
     def naming(self) -> Naming:
@@ -93,7 +95,11 @@ class World:
         config |= {"vocab_size": size, "tie_word_embeddings": tied}
         if config is not ckpt.config and "torch_dtype" not in config and derived:
             config["torch_dtype"] = ckpt.weights[embedding].dtype.name
-        sizes = replace(sizes_of(config, tied, padded), experts=experts_of(config))
+        sizes = replace(
+            sizes_of(config, tied, padded),
+            experts=experts_of(config),
+            rotary_interleaved=self.rotary_pairs(ckpt),
+        )
         return Model(
             table,
             sizes,

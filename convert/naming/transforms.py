@@ -131,6 +131,21 @@ def _from_conv_qkv(tensors: Tensors, sizes: Sizes) -> list[LazyTensor]:
     return [group_qkv(split_rows(transpose(tensors[0]), widths), *_heads(sizes))]
 
 
+def _split_blocks(tensors: Tensors, sizes: Sizes) -> list[LazyTensor]:
+    heads, kv_heads, d = _heads(sizes)
+    q, k, v = split_rows(tensors[0], [heads * d, kv_heads * d, kv_heads * d])
+    if sizes.rotary_interleaved:
+        q, k = deinterleave(q, heads), deinterleave(k, kv_heads)
+    return [q, k, v]
+
+
+def _join_blocks(tensors: Tensors, sizes: Sizes) -> list[LazyTensor]:
+    q, k, v = tensors
+    if sizes.rotary_interleaved:
+        q, k = interleave(q, sizes.heads), interleave(k, sizes.kv_heads)
+    return [concat([q, k, v])]
+
+
 def _zero_bias(step: Callable[[LazyTensor], LazyTensor]) -> Transform:
     """A weight without bias -> the weight after ``step``, and a bias of zeros (one per row)."""
 
@@ -217,7 +232,9 @@ TRANSFORMS: Mapping[str, Transform] = {
     "transpose_zero_bias": _zero_bias(transpose),
     # rows [q*r, k, v] per query group -> q, k, v (Megatron)
     "split_qkv": Transform(_split_qkv, _join_qkv),
-    # the same -> one transposed [q | k | v] (GPT-2's Conv1D)
+    # rows [q | k | v] -> q, k, v (nanotron, LitGPT)
+    "split_qkv_blocks": Transform(_split_blocks, _join_blocks),
+    # grouped rows -> one transposed [q | k | v] (GPT-2's Conv1D)
     "conv_qkv": Transform(_to_conv_qkv, _from_conv_qkv),
     # [gate ; up] -> gate, up
     "split_gate_up": Transform(_halves, _join),

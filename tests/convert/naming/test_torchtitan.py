@@ -104,13 +104,14 @@ def test_to_hf(kind: str, new: bool) -> None:
     assert any("reordered" in w for w in made.warnings) == (kind == "llama")
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed")
 def test_dcp_of_torchtitan_is_recognised(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     import torch.distributed.checkpoint as dcp
 
     model = _hf_model("llama")
     state = {n: torch.from_numpy(a) for n, a in _titan(model, "llama", new=False).items()}
-    moments = {f"optimizer.state.{n}.exp_avg": 2 * t for n, t in state.items()}
+    moments = {"optimizer": {f"state.{n}.exp_avg": 2 * t for n, t in state.items()}}
     dcp.save({**state, **moments}, checkpoint_id=tmp_path / "step-3", no_dist=True)
     with pytest.raises(ConfigError, match="--config"):
         to_hf(open_checkpoint(tmp_path / "step-3"))
