@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 from ...errors import ConfigError, UnsupportedError, did_you_mean
 from ._config import complete_config, layer_count
-from ._mapping import MappedTensor, map_tensors
+from ._mapping import MappedTensor, Match, map_tensors, mapped_tensors, match_tensors
 from ._metadata import model_entries
 from ._record import Architecture, Config, TensorRule, dimensions
 from ._transforms import TRANSFORMS, Transform
@@ -22,6 +22,7 @@ __all__ = [
     "TRANSFORMS",
     "Architecture",
     "MappedTensor",
+    "Match",
     "TensorRule",
     "Transform",
     "architectures",
@@ -30,18 +31,20 @@ __all__ = [
     "find_architecture",
     "layer_count",
     "map_tensors",
+    "mapped_tensors",
+    "match_tensors",
     "model_entries",
 ]
 
 
 @cache
 def architectures() -> MappingProxyType[str, Architecture]:
-    """Return all architectures by GGUF name."""
+    """Return all architectures by the name of their module; several may share a GGUF name."""
     found: dict[str, Architecture] = {}
     for module in pkgutil.iter_modules(__path__):
         if not module.name.startswith("_"):
             record: Architecture = import_module(f".{module.name}", __name__).ARCHITECTURE
-            found[record.name] = record
+            found[module.name] = record
     return MappingProxyType(found)
 
 

@@ -14,6 +14,7 @@ from ...errors import ConfigError, UnsupportedError
 from ._record import Architecture, Config
 
 LAYERS = ("n_layers", "num_hidden_layers", "n_layer", "num_layers")
+#: Names of rope settings outside ``rope_parameters``.
 _THETA = (
     "global_rope_theta",
     "rope_global_theta",
@@ -21,6 +22,14 @@ _THETA = (
     "rope_theta",
     "rotary_emb_base",
 )
+_LOCAL_THETA = (
+    "local_rope_theta",
+    "rope_local_theta",
+    "rope_theta_local",
+    "swa_rope_theta",
+    "rope_local_base_freq",
+)
+_PARTIAL = ("partial_rotary_factor", "rope_pct", "rope_percent")
 #: Rope types that need the context length the model was first trained with.
 _STRETCHED = frozenset({"llama3", "yarn", "longrope", "dynamic"})
 
@@ -41,6 +50,9 @@ def complete_config(config: Config, architecture: Architecture) -> dict[str, Any
             f"config.json: the weights are quantized ({quantized.get('quant_method')}); "
             "dequantize them to 16 bits first, or convert the model they were made from"
         )
+    for key, other in architecture.synonyms.items():
+        if full.get(other) is None and full.get(key) is not None:
+            full[other] = full[key]
     kinds = architecture.defaults
     chosen = kinds.get(str(full.get("model_type")), next(iter(kinds.values()), {}))
     for key, default in chosen.items():
@@ -86,9 +98,15 @@ def _rope(config: Config) -> dict[str, Any]:
     rope = dict(given)
     if "full_attention" in rope or "sliding_attention" in rope:
         return rope
+    local = find(config, _LOCAL_THETA)
+    if local is not None:
+        rope["sliding_attention"] = {"rope_theta": local}
     theta = find(config, _THETA)
     if theta is not None:
         rope.setdefault("rope_theta", theta)
+    partial = find(config, _PARTIAL)
+    if partial is not None:
+        rope.setdefault("partial_rotary_factor", partial)
     rope.setdefault("rope_type", rope.get("type", "default"))
     context = config.get("original_max_position_embeddings", config.get("max_position_embeddings"))
     if context is not None and rope["rope_type"] in _STRETCHED:

@@ -7,18 +7,22 @@ of a weight is read.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ...errors import ConfigError, did_you_mean
 from ...shardio.tensor import LazyTensor
 from ._config import layer_count
-from ._record import Architecture, Config, TensorRule, dimensions
+from ._lines import Line, table_lines
+from ._record import Architecture, Config, dimensions
 from ._transforms import TRANSFORMS
 
 #: Buffers that some checkpoints carry and nobody needs.
 _BUFFERS = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")
+#: The parts of composite models that are no text model.
+_OTHER_PARTS = re.compile(r"(^|\.)(vision_tower|vision_model|multi_modal_projector)\.")
 _SHOWN = 12
+_HINTED = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +36,20 @@ class MappedTensor:
 
 
 @dataclass(frozen=True, slots=True)
-class _Expected:
-    gguf: str
-    rule: TensorRule
-    shape: tuple[int, ...] | None
-    required: bool
+class Match:
+    """What a table makes of a checkpoint.
+
+    Attributes:
+        lines: the lines that apply, in the order of the output.
+        tensors: the checkpoint's tensors by their names in the table.
+        problems: everything that does not fit, one line each.
+        ignored: names that GGUF has no place for.
+    """
+
+    lines: tuple[Line, ...]
+    tensors: Mapping[str, LazyTensor]
+    problems: tuple[str, ...]
+    ignored: tuple[str, ...]
 
 
 def map_tensors(
@@ -57,78 +70,147 @@ def map_tensors(
         ConfigError: tensors are missing, unknown or of another shape than the configuration says;
             the message lists them.
     """
-    named = config.get("architectures") or [""]
-    prefix = "model." if named[0] in architecture.headless else ""
-    found = {prefix + n: t for n, t in weights.items() if not n.endswith(_BUFFERS)}
-    aliases = {prefix + alias for alias in tied}
-    expected = _expected(architecture, config, bool(prefix) or _is_tied(config, aliases))
-    problems = _missing(expected, found, aliases) + _unknown(expected, found)
-    problems += _shapes(expected, found)
-    if problems:
-        shown = "\n".join(f"  {line}" for line in problems[:_SHOWN])
-        more = f"\n  ... and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+    match = match_tensors(architecture, config, weights, tied)
+    if match.problems:
+        shown = "\n".join(f"  {line}" for line in match.problems[:_SHOWN])
+        rest = len(match.problems) - _SHOWN
+        more = f"\n  ... and {rest} more (`mconv check` lists them)" if rest > 0 else ""
         raise ConfigError(
-            f"{len(problems)} tensors do not fit {architecture.name} as config.json describes it:\n"
-            f"{shown}{more}\nCheck that config.json belongs to this checkpoint and that no shard "
-            "is missing"
+            f"{len(match.problems)} tensors do not fit {architecture.name} as config.json "
+            f"describes it:\n{shown}{more}\nCheck that config.json belongs to this checkpoint and "
+            "that no shard is missing"
         )
-    sizes = dimensions(config)
-    return [_mapped(hf, expected[hf], found[hf], sizes) for hf in sorted(found)]
+    return mapped_tensors(architecture, config, match)
 
 
-def _is_tied(config: Config, aliases: set[str]) -> bool:
-    return bool(config.get("tie_word_embeddings")) or "lm_head.weight" in aliases
+def match_tensors(
+    architecture: Architecture,
+    config: Config,
+    weights: Mapping[str, LazyTensor],
+    tied: Mapping[str, str],
+) -> Match:
+    """Find what each line of the table applies to; see ``map_tensors``."""
+    bare = _is_bare(architecture, config, weights)
+    named = {_table_name(architecture, config, n, bare): t for n, t in weights.items()}
+    aliases = {_table_name(architecture, config, n, bare) for n in tied}
+    is_tied = bool(config.get("tie_word_embeddings")) or "lm_head.weight" in aliases
+    headless = _class(config) in architecture.headless
+    ignored = {n for n in named if _is_ignored(architecture, config, n, tied=is_tied)}
+    found = {n: t for n, t in named.items() if n not in ignored}
+    lines = table_lines(architecture, config, tied=headless or is_tied)
+    chosen = _choose(lines, found.keys() | aliases)
+    problems = _missing(chosen, found, aliases) + _unknown(lines, chosen, found)
+    problems += _shapes(chosen, found)
+    there = tuple(line for line in chosen if line.sources[0] in found)
+    return Match(there, found, tuple(problems), tuple(sorted(ignored)))
 
 
-def _expected(architecture: Architecture, config: Config, tied: bool) -> dict[str, _Expected]:
-    """Return everything that may be there, by Hugging Face name."""
-    sizes = dimensions(config)
-    out: dict[str, _Expected] = {}
-    for rule in architecture.tensors:
-        layers = range(layer_count(config)) if "{n}" in rule.hf else range(1)
-        shape = tuple(sizes[name] for name in rule.shape) or None
-        # the one optional tensor of most models is the head of those with a tied embedding
-        required = not rule.optional or (rule.gguf == "output" and not tied)
-        for n in layers:
-            hf, gguf = rule.hf.replace("{n}", str(n)), rule.gguf.replace("{n}", str(n))
-            out[f"{hf}.weight"] = _Expected(f"{gguf}.weight", rule, shape, required)
-            if rule.bias != "no":
-                always = required and rule.bias == "yes"
-                out[f"{hf}.bias"] = _Expected(
-                    f"{gguf}.bias", rule, shape[:1] if shape else None, always
-                )
+def mapped_tensors(architecture: Architecture, config: Config, match: Match) -> list[MappedTensor]:
+    """Apply the transforms of a match without problems."""
+    sizes = dimensions(architecture, config)
+    out = []
+    for line in match.lines:
+        parts = [match.tensors[name] for name in line.sources]
+        how = line.rule.transform or ("stack" if "{e}" in line.rule.hf else "")
+        try:
+            made = TRANSFORMS[how].apply(parts, sizes)
+        except ValueError as error:
+            raise ConfigError(f"tensor {line.title}: {error}") from error
+        for name, tensor in zip(line.outputs, made, strict=True):
+            out.append(MappedTensor(name, line.title, tensor, line.rule.keep_f32))
     return out
 
 
-def _missing(
-    expected: Mapping[str, _Expected], found: Mapping[str, LazyTensor], aliases: set[str]
-) -> list[str]:
-    return [
-        f"missing: {name}"
-        for name, want in expected.items()
-        if want.required and name not in found and name not in aliases
-    ]
+def _class(config: Config) -> str:
+    return str((config.get("architectures") or [""])[0])
 
 
-def _unknown(expected: Mapping[str, _Expected], found: Mapping[str, LazyTensor]) -> list[str]:
+def _is_bare(architecture: Architecture, config: Config, names: Iterable[str]) -> bool:
+    """Whether the tensors come without the prefix of the model inside the model."""
+    if _class(config) in architecture.headless:
+        return True
+    return not any(architecture.prefix in name for name in names)
+
+
+def _table_name(architecture: Architecture, config: Config, name: str, bare: bool) -> str:
+    if _class(config) in architecture.composite:
+        name = name.replace("language_model.", "")
+    return architecture.prefix + name if bare and not name.startswith("lm_head.") else name
+
+
+def _is_ignored(architecture: Architecture, config: Config, name: str, *, tied: bool) -> bool:
+    if name.endswith(_BUFFERS):
+        return True
+    if architecture.ignored and re.search(architecture.ignored, name):
+        return True
+    if _class(config) in architecture.composite and _OTHER_PARTS.search(name):
+        return True
+    if architecture.drop_tied_head and tied and name == "lm_head.weight":
+        return True
+    layer = re.search(r"\.layers\.(\d+)\.", name)
+    return bool(architecture.drop_extra_layers and layer and int(layer[1]) >= layer_count(config))
+
+
+def _choose(lines: list[Line], names: Iterable[str]) -> list[Line]:
+    """Leave out the alternatives that do not apply: of those for an output, the one that is there.
+
+    When none is, the first stays, for what to call missing.
+    """
+    there = set(names)
+    by_output: dict[str, list[Line]] = {}
+    for line in lines:
+        for output in line.outputs:
+            by_output.setdefault(output, []).append(line)
+    chosen: set[int] = set()
+    for options in by_output.values():
+        present = [o for o in options if any(name in there for name in o.sources)]
+        chosen.add(id(min(present or options, key=lambda o: o.order[1])))
+    return [line for line in lines if id(line) in chosen]
+
+
+def _missing(chosen: list[Line], found: Mapping[str, LazyTensor], aliases: set[str]) -> list[str]:
     lines = []
-    for name in found:
-        if name not in expected:
-            layer = re.search(r"\.(\d+)\.", name)
-            deeper = layer and re.sub(r"\.\d+\.", ".0.", name, count=1) in expected
-            hint = " (beyond the last layer)" if deeper else did_you_mean(name, expected)
-            lines.append(f"unknown: {name}{hint}")
+    for line in chosen:
+        absent = [n for n in line.sources if n not in found and n not in aliases]
+        if len(absent) == len(line.sources) > 1 and line.required:
+            lines.append(f"missing: {line.title} ({len(absent)} tensors)")
+        elif line.required or len(absent) < len(line.sources):
+            lines += [f"missing: {name}" for name in absent]
     return lines
 
 
-def _shapes(expected: Mapping[str, _Expected], found: Mapping[str, LazyTensor]) -> list[str]:
+def _unknown(lines: list[Line], chosen: list[Line], found: Mapping[str, LazyTensor]) -> list[str]:
+    used = {name for line in chosen for name in line.sources}
+    known = {name for line in lines for name in line.sources}
+    out = []
+    for name in found:
+        if name in used:
+            continue
+        deeper = re.sub(r"\.\d+\.", ".0.", name, count=1)
+        if name in known:
+            hint = " (the layer has it in another form too)"
+        elif name != deeper and deeper in known:
+            hint = " (beyond the last layer)"
+        elif len(out) < _HINTED:
+            numbers = re.findall(r"\d+", name)
+            hint = did_you_mean(name, [k for k in known if re.findall(r"\d+", k) == numbers])
+        else:
+            hint = ""
+        out.append(f"unknown: {name}{hint}")
+    return out
+
+
+def _shapes(chosen: list[Line], found: Mapping[str, LazyTensor]) -> list[str]:
     lines = []
-    for name, tensor in found.items():
-        want = expected[name].shape if name in expected else None
-        if want is not None and tensor.shape != want:
-            lines.append(f"shape: {name} is {list(tensor.shape)}, expected {list(want)}")
-            if expected[name].gguf in ("token_embd.weight", "output.weight"):
-                lines[-1] += _rows_hint(tensor.shape[0], want[0])
+    for line in chosen:
+        for name in line.sources:
+            tensor, want = found.get(name), line.shape
+            if tensor is None or want is None or tensor.shape == want:
+                continue
+            text = f"shape: {name} is {list(tensor.shape)}, expected {list(want)}"
+            if line.outputs[0] in ("token_embd.weight", "output.weight"):
+                text += _rows_hint(tensor.shape[0], want[0])
+            lines.append(text)
     return lines
 
 
@@ -139,9 +221,3 @@ def _rows_hint(rows: int, vocab: int) -> str:
             f"--vocab-size {vocab}, if tokens were added, correct vocab_size in config.json"
         )
     return ": fewer rows than vocab_size; config.json or the tokenizer belongs to another model"
-
-
-def _mapped(hf: str, want: _Expected, tensor: LazyTensor, sizes: Mapping[str, int]) -> MappedTensor:
-    if want.rule.transform:
-        tensor = TRANSFORMS[want.rule.transform].apply(tensor, sizes)
-    return MappedTensor(want.gguf, hf, tensor, want.rule.keep_f32)

@@ -98,7 +98,12 @@ def model_entries(architecture: Architecture, config: Config, file_type: int) ->
         for key in ("attention.key_length", "attention.value_length"):
             entries.append(u32(f"{prefix}.{key}", config["head_dim"]))
     entries.append(u32("general.file_type", file_type))
-    return [*entries, *architecture.extra_keys(config)]
+    # a key that comes again keeps its place and takes the new value
+    found = {entry.key: entry for entry in (*entries, *architecture.extra_keys(config))}
+    if not architecture.key_order:
+        return list(found.values())
+    wanted = [k if k.startswith("general.") else f"{prefix}.{k}" for k in architecture.key_order]
+    return [found[key] for key in wanted if key in found]
 
 
 def _numbers(

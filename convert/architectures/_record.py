@@ -23,25 +23,40 @@ Default = Any | Callable[[Config], Any]
 
 @dataclass(frozen=True, slots=True)
 class TensorRule:
-    """One tensor's two names; ``{n}`` is the layer. The suffix (``.weight``) is kept.
+    """One line of a tensor table: which Hugging Face tensors become which GGUF tensors.
+
+    ``{n}`` in a name is the layer. ``{e}``, ``{h}`` or ``{k}`` in the Hugging Face name stand for
+    every expert, query head or key-value head; those tensors are stacked. Several rules for one
+    GGUF tensor are alternatives: the one whose tensors are there is taken, the first is what a
+    model should have.
 
     Attributes:
-        gguf: GGUF name without suffix.
+        gguf: GGUF name without suffix; several when a fused tensor is cut.
         hf: Hugging Face name without suffix.
-        shape: expected shape of the weight, each size a name of ``dimensions``; empty: any.
+        shape: expected shape of each Hugging Face tensor, each size a name of ``dimensions``;
+            empty: any.
         transform: name of an invertible transform; empty: none.
         bias: ``no``, ``maybe`` or ``yes``: whether a ``.bias`` goes with it.
         optional: the tensor may be absent.
         keep_f32: stored as F32 whatever type is asked for.
+        exact: the names are whole, no ``.weight`` follows.
+        layers: ``dense`` or ``moe``: only in such layers.
     """
 
-    gguf: str
+    gguf: str | tuple[str, ...]
     hf: str
     shape: tuple[str, ...] = ()
     transform: str = ""
     bias: str = "no"
     optional: bool = False
     keep_f32: bool = False
+    exact: bool = False
+    layers: str = ""
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """GGUF names without suffix."""
+        return (self.gguf,) if isinstance(self.gguf, str) else self.gguf
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +74,23 @@ class Architecture:
     Attributes:
         name: ``general.architecture``.
         classes: Hugging Face classes, as in ``architectures`` of ``config.json``.
-        headless: those of ``classes`` whose tensors lack the ``model.`` prefix and the head.
+        headless: those of ``classes`` whose tensors lack a prefix (and the head).
+        prefix: that prefix.
+        composite: those of ``classes`` that wrap the text model together with others, of which
+            only the text model is converted.
         tensors: the tensor table.
-        rope: ``norm`` (adjacent pairs) or ``neox`` (halves), fixed by llama.cpp.
+        rope: ``norm`` (adjacent pairs) or ``neox`` (halves), fixed by llama.cpp; empty: none.
         defaults: ``model_type`` to what the Hugging Face class assumes for absent entries.
-        extra_keys: metadata after the common keys.
+        synonyms: entry of ``config.json`` to what other families call it.
+        sizes: more names for shapes, or others than usual.
+        moe_layer: whether a layer has experts (by number); rules of ``layers`` ask.
+        ignored: regular expression of tensor names that GGUF has no place for.
+        drop_extra_layers: tensors of layers beyond the last (multi-token prediction) are left out.
+        drop_tied_head: a head that is stored although it is tied is left out.
+        extra_keys: metadata after the common keys, or in place of one of them.
+        key_order: when not empty, exactly these keys (without the family's prefix) are written, in
+            this order.
+        first_keys: metadata right after ``general.architecture``.
         extra_tensors: computed tensors, written first.
         tokenizer: which tokenizers it may have.
         adjust_vocabulary: last changes to the vocabulary, by configuration.
@@ -76,8 +103,18 @@ class Architecture:
     rope: str
     tokenizer: TokenizerRule
     headless: tuple[str, ...] = ()
+    prefix: str = "model."
+    composite: tuple[str, ...] = ()
     defaults: Mapping[str, Mapping[str, Default]] = field(default_factory=dict)
+    synonyms: Mapping[str, str] = field(default_factory=dict)
+    sizes: Callable[[Config], Mapping[str, int]] = lambda config: {}
+    moe_layer: Callable[[Config, int], bool] = lambda config, layer: False
+    ignored: str = ""
+    drop_extra_layers: bool = False
+    drop_tied_head: bool = False
     extra_keys: Callable[[Config], list[KeyValue]] = lambda config: []
+    key_order: tuple[str, ...] = ()
+    first_keys: Callable[[Config], list[KeyValue]] = lambda config: []
     extra_tensors: tuple[ExtraTensor, ...] = ()
     adjust_vocabulary: Callable[[Vocabulary, Config], Vocabulary] = lambda vocabulary, _: vocabulary
     notes: str = ""
@@ -94,18 +131,33 @@ def heads(config: Config) -> int:
     return int(config["num_attention_heads"])
 
 
-def dimensions(config: Config) -> dict[str, int]:
+#: Names in shapes to the configuration entries they come from; only those given are there.
+_SIZES = {
+    "ff": ("intermediate_size",),
+    "experts": ("num_local_experts", "num_experts", "n_routed_experts"),
+    "moe_ff": ("moe_intermediate_size",),
+    "shared_ff": ("shared_expert_intermediate_size",),
+}
+
+
+def dimensions(architecture: Architecture, config: Config) -> dict[str, int]:
     """Return the named sizes that tensor shapes are written in."""
     dim = head_dim(config)
     q_heads = heads(config)
     kv_heads = int(config.get("num_key_value_heads") or q_heads)
-    return {
+    sizes = {
         "vocab": int(config["vocab_size"]),
         "hidden": int(config["hidden_size"]),
-        "ff": int(config["intermediate_size"]),
         "heads": q_heads,
         "kv_heads": kv_heads,
         "head": dim,
         "q": q_heads * dim,
         "kv": kv_heads * dim,
+        "qkv": (q_heads + 2 * kv_heads) * dim,
     }
+    for name, keys in _SIZES.items():
+        value = next((config[key] for key in keys if config.get(key) is not None), None)
+        if value is not None:
+            sizes[name] = int(value)
+            sizes[f"2{name}"] = 2 * int(value)
+    return sizes | dict(architecture.sizes(config))

@@ -1,55 +1,177 @@
 """Named, invertible rearrangements between Hugging Face and GGUF tensors.
 
-``apply`` goes to GGUF, ``undo`` back. All of them are pure movement on lazy tensors.
-
-``permute_q`` / ``permute_k``: llama.cpp's NORM rotary embedding rotates adjacent pairs of rows of
-a head, Hugging Face rotates row i with row i + d/2. Rows (head, half, pair) become (head, pair,
-half); works for weights and biases.
+``apply`` takes the tensors of Hugging Face that one rule names (several for a stack of experts) and
+gives those of GGUF (several for a fused tensor that is cut); ``undo`` goes back. Nothing is read.
+Sizes are those of ``_record.dimensions``. Sizes that do not fit raise ValueError.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
-from ...errors import ConfigError
-from ...shardio.tensor import LazyTensor
+import numpy as np
 
+from ...shardio.tensor import LazyTensor, concat
+from ..movement import (
+    deinterleave,
+    group_qkv,
+    halves,
+    interleave,
+    split,
+    split_rows,
+    stack_experts,
+    transpose,
+    ungroup_qkv,
+    unstack_experts,
+)
+
+Tensors = Sequence[LazyTensor]
 Sizes = Mapping[str, int]
-Step = Callable[[LazyTensor, Sizes], LazyTensor]
+Step = Callable[[Tensors, Sizes], list[LazyTensor]]
+
+_FLOAT16 = np.dtype(np.float16)
+_FLOAT32 = np.dtype(np.float32)
 
 
 @dataclass(frozen=True, slots=True)
 class Transform:
-    """A rearrangement and its inverse."""
+    """A rearrangement and its inverse.
+
+    Attributes:
+        apply: Hugging Face tensors to GGUF tensors.
+        undo: the other way.
+        changes_values: does more than move elements.
+    """
 
     apply: Step
     undo: Step
+    changes_values: bool = False
 
 
-def interleave(tensor: LazyTensor, groups: int, halves: int) -> LazyTensor:
-    """View rows as (groups, halves, rest) and swap the last two; shape stays.
-
-    Raises:
-        ConfigError: the rows do not divide.
-    """
-    rows = tensor.shape[0]
-    if rows % (groups * halves):
-        raise ConfigError(f"{rows} rows do not divide into {groups} heads of {halves} parts")
-    rest = tensor.shape[1:]
-    view = tensor.reshape((groups, halves, rows // groups // halves, *rest))
-    axes = (0, 2, 1, *range(3, 3 + len(rest)))
-    return view.permute(axes).reshape(tensor.shape)
+def _same(tensors: Tensors, sizes: Sizes) -> list[LazyTensor]:
+    return list(tensors)
 
 
 def _pairs(name: str) -> Transform:
     return Transform(
-        lambda tensor, sizes: interleave(tensor, sizes[name], 2),
-        lambda tensor, sizes: interleave(tensor, sizes[name], tensor.shape[0] // sizes[name] // 2),
+        lambda tensors, sizes: [interleave(t, sizes[name]) for t in tensors],
+        lambda tensors, sizes: [deinterleave(t, sizes[name]) for t in tensors],
     )
 
 
+def _stacks(name: str) -> Transform:
+    return Transform(
+        lambda tensors, sizes: [stack_experts(tensors)],
+        lambda tensors, sizes: unstack_experts(tensors[0], sizes[name]),
+    )
+
+
+def _transpose(tensors: Tensors, sizes: Sizes) -> list[LazyTensor]:
+    return [transpose(t) for t in tensors]
+
+
+def _join(tensors: Tensors, axis: int) -> LazyTensor:
+    return concat(list(tensors), axis % tensors[0].ndim)
+
+
+def _even_odd(tensor: LazyTensor, axis: int) -> list[LazyTensor]:
+    """Part a dim of alternating entries. Raises ValueError when it is odd."""
+    axis %= tensor.ndim
+    n, before, after = tensor.shape[axis], tensor.shape[:axis], tensor.shape[axis + 1 :]
+    if n % 2:
+        raise ValueError(f"{n} rows do not alternate between gate and up")
+    view = tensor.reshape((*before, n // 2, 2, *after))
+    half = (*before, n // 2, *after)
+    at = [slice(None)] * (axis + 1)
+    return [view.slice([*at, slice(k, k + 1)]).reshape(half) for k in (0, 1)]
+
+
+def _alternate(tensors: Tensors, axis: int) -> LazyTensor:
+    """The inverse of ``_even_odd``."""
+    shape = tensors[0].shape
+    axis %= len(shape)
+    joined = concat([t.reshape((*shape[: axis + 1], 1, *shape[axis + 1 :])) for t in tensors],
+                    axis + 1)  # fmt: skip
+    return joined.reshape((*shape[:axis], 2 * shape[axis], *shape[axis + 1 :]))
+
+
+def _heads(sizes: Sizes) -> tuple[int, int, int]:
+    return sizes["heads"], sizes["kv_heads"], sizes["head"]
+
+
+def _ungroup(tensors: Tensors, sizes: Sizes) -> list[LazyTensor]:
+    return [concat(ungroup_qkv(tensors[0], *_heads(sizes)))]
+
+
+def _group(tensors: Tensors, sizes: Sizes) -> list[LazyTensor]:
+    parts = split_rows(tensors[0], [sizes["q"], sizes["kv"], sizes["kv"]])
+    return [group_qkv(parts, *_heads(sizes))]
+
+
+def _split_kv_b(tensors: Tensors, sizes: Sizes) -> list[LazyTensor]:
+    """[heads * (nope + v), rank] to keys [heads, rank, nope] and values [heads, v, rank]."""
+    heads, rank = sizes["heads"], tensors[0].shape[-1]
+    view = tensors[0].reshape((heads, sizes["nope"] + sizes["v"], rank))
+    keys, values = split(view, [sizes["nope"], sizes["v"]], 1)
+    return [transpose(keys), values]
+
+
+def _join_kv_b(tensors: Tensors, sizes: Sizes) -> list[LazyTensor]:
+    joined = concat([transpose(tensors[0]), tensors[1]], 1)
+    return [joined.reshape((joined.shape[0] * joined.shape[1], joined.shape[2]))]
+
+
+def _shift(tensors: Tensors, delta: int) -> list[LazyTensor]:
+    """Add to the values: in half precision where they are, else in float32, as the reference."""
+    kinds = [_FLOAT16 if t.dtype == _FLOAT16 else _FLOAT32 for t in tensors]
+    return [
+        t.cast(kind).map(partial(np.add, kind.type(delta)), kind)
+        for t, kind in zip(tensors, kinds, strict=True)
+    ]
+
+
+#: name -> transform. Directions: Hugging Face to GGUF.
 TRANSFORMS: Mapping[str, Transform] = {
+    "": Transform(_same, _same),
+    # rotary halves -> adjacent rotary pairs, for llama.cpp's NORM kind of rope
     "permute_q": _pairs("heads"),
     "permute_k": _pairs("kv_heads"),
+    # one tensor per expert (or head) -> [count, ...]
+    "stack": _stacks("experts"),
+    "stack_heads": _stacks("heads"),
+    "stack_kv_heads": _stacks("kv_heads"),
+    # [in, out] -> [out, in]
+    "transpose": Transform(_transpose, _transpose),
+    # [..., gate ; up, in] -> gate, up
+    "split_gate_up": Transform(
+        lambda tensors, sizes: halves(tensors[0], -2),
+        lambda tensors, sizes: [_join(tensors, -2)],
+    ),
+    # [..., in, gate | up] -> gate, up
+    "transpose_split_gate_up": Transform(
+        lambda tensors, sizes: halves(transpose(tensors[0]), -2),
+        lambda tensors, sizes: [transpose(_join(tensors, -2))],
+    ),
+    # [experts, in, gate, up, gate, up, ...] -> gate, up
+    "transpose_alternating_gate_up": Transform(
+        lambda tensors, sizes: _even_odd(transpose(tensors[0]), -2),
+        lambda tensors, sizes: [transpose(_alternate(tensors, -2))],
+    ),
+    # biases [experts, gate, up, gate, up, ...] -> gate, up
+    "alternating_gate_up": Transform(
+        lambda tensors, sizes: _even_odd(tensors[0], -1),
+        lambda tensors, sizes: [_alternate(tensors, -1)],
+    ),
+    # rows [q*r, k, v] per query group -> [q | k | v]
+    "ungroup_qkv": Transform(_ungroup, _group),
+    # latent attention: the up-projection of keys and values -> keys, values
+    "split_kv_b": Transform(_split_kv_b, _join_kv_b),
+    # norm weights that the model stores minus one
+    "plus_one": Transform(
+        lambda tensors, sizes: _shift(tensors, 1),
+        lambda tensors, sizes: _shift(tensors, -1),
+        changes_values=True,
+    ),
 }

@@ -70,6 +70,7 @@ class Vocabulary:
         specials: special token ids and whether they are added.
         chat_template: one template, or several by name.
         add_space_prefix: written only when known.
+        extra: more entries, at the end or in place of one of the same key.
     """
 
     model: str
@@ -81,6 +82,7 @@ class Vocabulary:
     specials: Specials = field(default_factory=Specials)
     chat_template: ChatTemplate = None
     add_space_prefix: bool | None = None
+    extra: Sequence[KeyValue] = ()
 
 
 def vocabulary_entries(vocabulary: Vocabulary) -> list[KeyValue]:
@@ -106,4 +108,4 @@ def vocabulary_entries(vocabulary: Vocabulary) -> list[KeyValue]:
         entries.append(boolean("tokenizer.ggml.normalizer.lowercase", specials.lowercase))
     if specials.strip_accents is not None:
         entries.append(boolean("tokenizer.ggml.normalizer.strip_accents", specials.strip_accents))
-    return entries
+    return list({entry.key: entry for entry in (*entries, *vocabulary.extra)}.values())

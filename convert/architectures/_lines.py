@@ -1,0 +1,116 @@
+"""A tensor table spelled out for one model: every line with full names, layer by layer.
+
+``{n}`` becomes the layer, ``{e}``/``{h}``/``{k}`` all experts, query heads or key-value heads. The
+order of lines is that of llama.cpp's converter, which goes through the Hugging Face names in
+alphabetical order and writes a stack when its last part has come.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from ...errors import ConfigError
+from ._config import layer_count
+from ._record import Architecture, Config, TensorRule, dimensions
+
+_COUNTS = {"{e}": "experts", "{h}": "heads", "{k}": "kv_heads"}
+_LAST = "\uffff"
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One rule at one layer.
+
+    Attributes:
+        rule: the rule.
+        sources: full Hugging Face names; several for a stack.
+        outputs: full GGUF names; several for a fused tensor.
+        shape: expected shape of each source; None: any.
+        required: the model is broken without it.
+        order: sorts lines as the output has them.
+    """
+
+    rule: TensorRule
+    sources: tuple[str, ...]
+    outputs: tuple[str, ...]
+    shape: tuple[int, ...] | None
+    required: bool
+    order: tuple[str, int]
+
+    @property
+    def title(self) -> str:
+        """The Hugging Face name, a stack's with a star."""
+        if len(self.sources) == 1:
+            return self.sources[0]
+        before, _, after = re.sub(r"\{[ehk]\}", "*", self.rule.hf).partition("*")
+        layer = re.search(r"\.(\d+)\.", self.sources[0])
+        number = layer[1] if layer else ""
+        suffix = "" if self.rule.exact else self.sources[0][self.sources[0].rindex(".") :]
+        return f"{before}*{after}{suffix}".replace("{n}", number)
+
+
+def table_lines(architecture: Architecture, config: Config, *, tied: bool) -> list[Line]:
+    """Return all lines of a model, in the order of its output.
+
+    Args:
+        architecture: the model family.
+        config: its completed configuration.
+        tied: the model needs no head of its own.
+
+    Raises:
+        ConfigError: the configuration lacks an entry that shapes need.
+    """
+    sizes = dimensions(architecture, config)
+    lines = []
+    for index, rule in enumerate(architecture.tensors):
+        for n in _layers(architecture, config, rule):
+            lines += _spelled(rule, n, sizes, index, tied=tied)
+    return sorted(lines, key=lambda line: line.order)
+
+
+def _layers(architecture: Architecture, config: Config, rule: TensorRule) -> Iterator[int]:
+    if "{n}" not in rule.hf:
+        yield 0
+        return
+    for n in range(layer_count(config)):
+        kind = "moe" if architecture.moe_layer(config, n) else "dense"
+        if rule.layers in ("", kind):
+            yield n
+
+
+def _spelled(
+    rule: TensorRule, layer: int, sizes: Mapping[str, int], index: int, *, tied: bool
+) -> Iterator[Line]:
+    shape = tuple(_size(sizes, name, rule) for name in rule.shape) or None
+    # the one optional tensor of most models is the head of those with a tied embedding
+    required = not rule.optional or (rule.gguf == "output" and not tied)
+    suffixes = [""] if rule.exact else [".weight"] + [".bias"] * (rule.bias != "no")
+    hf = rule.hf.replace("{n}", str(layer))
+    names, place = _expand(hf, sizes, rule)
+    for suffix in suffixes:
+        is_bias = suffix == ".bias"
+        yield Line(
+            rule,
+            tuple(name + suffix for name in names),
+            tuple(name.replace("{n}", str(layer)) + suffix for name in rule.outputs),
+            (shape[:1] if is_bias else shape) if shape else None,
+            required and (not is_bias or rule.bias == "yes"),
+            (place if len(names) > 1 or place.endswith(_LAST) else place + suffix, index),
+        )
+
+
+def _expand(hf: str, sizes: Mapping[str, int], rule: TensorRule) -> tuple[list[str], str]:
+    """Return the names of all parts, and where the whole comes in alphabetical order."""
+    for mark, size in _COUNTS.items():
+        if mark in hf:
+            count = _size(sizes, size, rule)
+            return [hf.replace(mark, str(i)) for i in range(count)], hf.split(mark)[0] + _LAST
+    return [hf], hf
+
+
+def _size(sizes: Mapping[str, int], name: str, rule: TensorRule) -> int:
+    if name not in sizes:
+        raise ConfigError(f"config.json: the size of {rule.hf} ({name}) is not given")
+    return sizes[name]

@@ -1,0 +1,127 @@
+"""The transforms between Hugging Face and GGUF tensors: what numpy says, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mconv.convert.architectures import TRANSFORMS
+from mconv.shardio import from_array
+
+SIZES = st.fixed_dictionaries(
+    {"experts": st.integers(1, 4), "kv_heads": st.integers(1, 3), "ratio": st.integers(1, 3),
+     "head": st.sampled_from([2, 4, 6]), "nope": st.integers(1, 4), "v": st.integers(1, 4)}
+)  # fmt: skip
+Sizes = Mapping[str, int]
+Shapes = Callable[[Sizes], list[tuple[int, ...]]]
+Truth = Callable[[list[np.ndarray], Sizes], list[np.ndarray]]
+
+
+def grouped(x: np.ndarray, s: Sizes) -> np.ndarray:
+    """Reorder query groups by plain indexing."""
+    ratio, d = s["heads"] // s["kv_heads"], s["head"]
+    group = (ratio + 2) * d
+    q = [g * group + i for g in range(s["kv_heads"]) for i in range(ratio * d)]
+    k, v = (
+        [g * group + (ratio + which) * d + i for g in range(s["kv_heads"]) for i in range(d)]
+        for which in (0, 1)
+    )
+    return x[[*q, *k, *v]]
+
+
+def latent(x: np.ndarray, s: Sizes) -> list[np.ndarray]:
+    view = x.reshape(s["heads"], s["nope"] + s["v"], -1)
+    return [view[:, : s["nope"]].swapaxes(1, 2), view[:, s["nope"] :]]
+
+
+CASES: dict[str, tuple[Shapes, Truth]] = {
+    "": (lambda s: [(3, 2)], lambda x, s: x),
+    "stack": (lambda s: [(2, 3)] * s["experts"], lambda x, s: [np.stack(x)]),
+    "stack_heads": (lambda s: [(5,)] * s["heads"], lambda x, s: [np.stack(x)]),
+    "stack_kv_heads": (lambda s: [(5,)] * s["kv_heads"], lambda x, s: [np.stack(x)]),
+    "transpose": (lambda s: [(4, 3)], lambda x, s: [x[0].T]),
+    "split_gate_up": (
+        lambda s: [(s["experts"], 6, 4)],
+        lambda x, s: [x[0][:, :3], x[0][:, 3:]],
+    ),
+    "transpose_split_gate_up": (
+        lambda s: [(s["experts"], 4, 6)],
+        lambda x, s: [x[0][..., :3].swapaxes(1, 2), x[0][..., 3:].swapaxes(1, 2)],
+    ),
+    "transpose_alternating_gate_up": (
+        lambda s: [(s["experts"], 4, 6)],
+        lambda x, s: [x[0][..., ::2].swapaxes(1, 2), x[0][..., 1::2].swapaxes(1, 2)],
+    ),
+    "alternating_gate_up": (
+        lambda s: [(s["experts"], 6)],
+        lambda x, s: [x[0][:, ::2], x[0][:, 1::2]],
+    ),
+    "ungroup_qkv": (
+        lambda s: [((s["heads"] + 2 * s["kv_heads"]) * s["head"], 3)],
+        lambda x, s: [grouped(x[0], s)],
+    ),
+    "split_kv_b": (
+        lambda s: [(s["heads"] * (s["nope"] + s["v"]), 3)],
+        lambda x, s: latent(x[0], s),
+    ),
+    "plus_one": (lambda s: [(7,)], lambda x, s: [x[0] + np.float32(1)]),
+    "permute_q": (
+        lambda s: [(s["heads"] * s["head"], 3)],
+        lambda x, s: [
+            x[0].reshape(s["heads"], 2, -1, 3).swapaxes(1, 2).reshape(x[0].shape)
+        ],
+    ),
+    "permute_k": (
+        lambda s: [(s["kv_heads"] * s["head"],)],
+        lambda x, s: [x[0].reshape(s["kv_heads"], 2, -1).swapaxes(1, 2).reshape(-1)],
+    ),
+}  # fmt: skip
+
+
+def test_every_transform_has_a_case() -> None:
+    assert set(CASES) == set(TRANSFORMS)
+
+
+@pytest.mark.parametrize("name", CASES)
+@given(drawn=SIZES)
+def test_there_and_back(name: str, drawn: dict[str, int]) -> None:
+    shapes, truth = CASES[name]
+    kv = drawn["kv_heads"]
+    sizes = {**drawn, "heads": kv * drawn["ratio"]}
+    sizes |= {"q": sizes["heads"] * drawn["head"], "kv": kv * drawn["head"]}
+    given_ = [
+        np.arange(np.prod(shape), dtype=np.float32).reshape(shape) + 1000 * i
+        for i, shape in enumerate(shapes(sizes))
+    ]
+    there = TRANSFORMS[name].apply([from_array(x) for x in given_], sizes)
+    for ours, theirs in zip(there, truth(given_, sizes), strict=True):
+        np.testing.assert_array_equal(ours.read(), theirs)
+    back = TRANSFORMS[name].undo(there, sizes)
+    for ours, theirs in zip(back, given_, strict=True):
+        np.testing.assert_array_equal(ours.read(), theirs)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("permute_q", (7, 2)),
+        ("split_gate_up", (2, 3, 4)),
+        ("alternating_gate_up", (2, 5)),
+        ("ungroup_qkv", (5, 2)),
+        ("split_kv_b", (5, 2)),
+    ],
+)
+def test_misfits_are_refused(name: str, shape: tuple[int, ...]) -> None:
+    sizes = {"heads": 2, "kv_heads": 2, "head": 2, "nope": 1, "v": 2, "experts": 3}
+    with pytest.raises(ValueError, match=r"rows|reshape"):
+        TRANSFORMS[name].apply([from_array(np.zeros(shape, np.float32))], sizes)
+
+
+def test_half_precision_stays_half() -> None:
+    values = np.array([2048.0, 0.1, -1.0], np.float16)
+    [out] = TRANSFORMS["plus_one"].apply([from_array(values)], {})
+    assert out.dtype == np.float16
+    np.testing.assert_array_equal(out.read(), values + np.float16(1))
