@@ -34,6 +34,7 @@ def inputs_of(name: str, sizes: Sizes, width: int, bias: bool) -> list[np.ndarra
     """What a transform takes, filled with distinct numbers."""
     rows = {
         "split_qkv": (sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim,
+        "split_qkv_blocks": (sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim,
         "conv_qkv": (sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim,
         "trim_vocab": sizes.padded_vocab_size,
         "deinterleave_q": sizes.heads * sizes.head_dim,
