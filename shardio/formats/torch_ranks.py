@@ -15,18 +15,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ...errors import FormatError, LayoutError, UnsupportedError
+from ...errors import FormatError, LayoutError
 from ..checkpoint import Checkpoint
 from ..chunk_union import unite
 from ..chunked import Chunked
 from ..coverage import prove
 from ..dtensor import is_sharded, local_part, writer_rank
+from ..fsdp1_flat import is_flat, unflatten
 from ..layout import Layout
 from ..placement import Placement, Shard
 from ..records import Record, StoredTensor
 from ..registry import Format, OpenOptions
 from ..source import FileSource
-from ..state_checkpoint import as_lazy, build_checkpoint
+from ..state_checkpoint import as_lazy, build_checkpoint, model_files
 from ..state_naming import name_parameters
 from ..state_tree import KeyPath, OptimizerTree, StateTree, dotted, examine
 from ..tensor import LazyTensor
@@ -77,7 +78,7 @@ def open_torch_ranks(root: Path, options: OpenOptions) -> Checkpoint:
     Raises:
         FormatError: rank files missing, swapped, damaged or of several world sizes; holes.
         LayoutError: plain tensors with different shapes under one name.
-        UnsupportedError: FSDP1 local (flat) state dicts, pending sums.
+        UnsupportedError: FSDP1 local (flat) state dicts of unknown models, pending sums.
     """
     group = _model_group(root)
     optimizer = next(
@@ -93,6 +94,11 @@ def open_torch_ranks(root: Path, options: OpenOptions) -> Checkpoint:
         ]
     trees = [_name_numbers(t) for t in trees]
     weights, copies = _merge([t.weights for t in trees])
+    notes: tuple[str, ...] = ()
+    if any(is_flat(n) for n in weights):
+        config = model_files(root, options)[0]
+        weights, note = unflatten(weights, root, len(trees), config)
+        notes = (note,)
     merged = replace(trees[0], weights=weights, optimizers=_merge_optimizers(trees))
     checkpoint = build_checkpoint(
         root,
@@ -102,6 +108,7 @@ def open_torch_ranks(root: Path, options: OpenOptions) -> Checkpoint:
         layout=_layout(weights),
         placements={n: p for n, t in weights.items() if (p := _placement(t))},
         replicas=copies,
+        warnings=notes,
     )
     prove(checkpoint.weights, root)
     for state, states in checkpoint.optimizer.items():
@@ -156,11 +163,6 @@ def _rank_tree(path: Path, rank: int, optimizer: bool) -> StateTree:
     tree = examine({"optimizer": whole} if optimizer else whole)
     if not optimizer and not tree.weights:
         raise FormatError(f"{path}: holds no tensors that could be model weights")
-    if any(n.rpartition(".")[2].endswith("_flat_param") for n in tree.weights):
-        raise UnsupportedError(
-            f"{path}: an FSDP1 LOCAL_STATE_DICT: flat parameters without names or shapes; save "
-            "with SHARDED_STATE_DICT or FULL_STATE_DICT"
-        )
     return tree
 
 

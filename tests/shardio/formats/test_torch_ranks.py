@@ -49,11 +49,6 @@ def test_replicas_layout_and_step(fixtures_dir: Path) -> None:
     assert sorted(group["params"]) == sorted(checkpoint.weights)
 
 
-def test_local_flat_parameters_are_explained(fixtures_dir: Path) -> None:
-    with pytest.raises(UnsupportedError, match="LOCAL_STATE_DICT"):
-        open_checkpoint(fixtures_dir / "torch" / "fsdp1_local_flat_2r" / "ckpt")
-
-
 # -- cuts -----------------------------------------------------------------------------------------
 
 
