@@ -20,7 +20,7 @@ from ..shardio.assets import find_assets
 from ..shardio.checkpoint import Checkpoint, Tensors
 from ..shardio.compare import check_replicas
 from ..shardio.coverage import prove
-from ..shardio.dtypes import is_float
+from ..shardio.dtypes import FLOAT32, is_float
 from .naming import to_hf
 
 _SAMPLE_ROWS = 64
@@ -75,7 +75,17 @@ def prepare(
         out = replace(out, warnings=(*out.warnings, "the checkpoint holds no optimizer state"))
     if dtype is None:
         return out
-    return replace(out, weights={n: _cast(t, dtype) for n, t in out.weights.items()})
+    cast = {n: _cast(t, dtype) for n, t in out.weights.items()}
+    return replace(out, weights=cast, optimizer=_with_masters(out, dtype))
+
+
+def _with_masters(ckpt: Checkpoint, dtype: np.dtype) -> Mapping[str, Tensors]:
+    """The optimizer states; trained fp32 weights that a cast would round become its masters."""
+    if not ckpt.optimizer or "master" in ckpt.optimizer or dtype.itemsize >= FLOAT32.itemsize:
+        return ckpt.optimizer
+    trained = {n for states in ckpt.optimizer.values() for n in states}
+    wide = {n: t for n, t in ckpt.weights.items() if n in trained and t.dtype == FLOAT32}
+    return {**ckpt.optimizer, "master": wide} if wide else ckpt.optimizer
 
 
 def _cast(tensor: Any, dtype: np.dtype) -> Any:

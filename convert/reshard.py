@@ -15,6 +15,7 @@ from ..shardio.safetensors_plan import plan_json
 from ..shardio.staging import fingerprint, write_folder
 from ..shardio.stream import Limits, OutFile, Progress
 from ..shardio.writers import Planned, get_writer
+from .model_order import in_model_order
 from .naming import from_hf
 from .prepare import prepare
 
@@ -49,7 +50,7 @@ def reshard(
     layout: Layout | None = None,
     *,
     weights: str = "model",
-    with_optimizer: bool = False,
+    with_optimizer: bool | None = None,
     vocab_size: int | None = None,
     config: str | Path | None = None,
     tokenizer: str | Path | None = None,
@@ -68,7 +69,8 @@ def reshard(
         layout: target; ``Layout("hf")`` merges to Hugging Face safetensors. Its ``dtype`` casts the
             weights.
         weights: ``model`` or ``master`` (the optimizer's fp32 copies).
-        with_optimizer: also write the optimizer states (``optimizer*.safetensors``).
+        with_optimizer: also write the optimizer states; None: where the target is a layout to train
+            on and the source has them.
         vocab_size: true vocabulary size where the source is padded.
         config: config.json or model folder, where the source has none.
         tokenizer: tokenizer folder to take along (and to learn the vocabulary size from).
@@ -88,6 +90,8 @@ def reshard(
     ckpt = opened(src, config)
     layout = layout or Layout("hf")
     writer = get_writer(layout.format)
+    if with_optimizer is None:
+        with_optimizer = writer.resumes and bool(ckpt.optimizer)
     ready = prepare(
         ckpt,
         weights=weights,
@@ -97,14 +101,19 @@ def reshard(
         with_optimizer=with_optimizer,
         verify=verify,
     )
+    if writer.ordered:
+        ready = in_model_order(ready)
     ready = from_hf(ready, writer.naming)
     planned = writer.plan(ready, layout)
-    files = [*planned.files, plan_json("mconv.json", _provenance(ckpt, layout, weights))]
+    files = [
+        *planned.files,
+        plan_json("mconv.json", _provenance(ckpt, layout, weights, planned.warnings)),
+    ]
     report = _report(Path(dst), ready, planned, files)
     if not dry_run:
         groups = (ckpt.weights, *(ckpt.optimizer.values() if with_optimizer else ()))
         sources = {p for g in groups for t in g.values() for p, _, _ in t.spans()}
-        plan = fingerprint(files, sources, json.dumps([weights, layout.dtype]))
+        plan = fingerprint(files, sources, json.dumps([weights, layout.dtype, layout.describe()]))
         write_folder(
             report.target,
             files,
@@ -146,7 +155,9 @@ def _report(
     )
 
 
-def _provenance(ckpt: Checkpoint, layout: Layout, weights: str) -> dict[str, Any]:
+def _provenance(
+    ckpt: Checkpoint, layout: Layout, weights: str, warnings: Sequence[str]
+) -> dict[str, Any]:
     return {
         "mconv": __version__,
         "source": {
@@ -157,4 +168,5 @@ def _provenance(ckpt: Checkpoint, layout: Layout, weights: str) -> dict[str, Any
         },
         "layout": layout.describe(),
         "weights": weights,
+        "not_carried": list(warnings),
     }

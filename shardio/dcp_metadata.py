@@ -71,7 +71,7 @@ class DcpMetadata:
     Attributes:
         folder: the checkpoint.
         version: of the metadata format, absent in older files.
-        tensors: by flat key, in saved order.
+        tensors: by flat key, in the order of the state dict (without planner data: as saved).
         objects: items of pickled objects (scalars, lists, RNG states...) by flat key.
         paths: planner data: flat key to its path in the nested state dict; keys without one are
             missing here.
@@ -190,6 +190,10 @@ class _Parser:
         planner = root.fields.get("planner_data")
         paths = planner if type(planner) is dict else {}
         paths = {k: v for k, v in paths.items() if type(k) is str and _is_path(v)}
+        place = {
+            k: i for i, k in enumerate(paths)
+        }  # ranks' plans are joined, the model's order lost
+        tensors = {k: tensors[k] for k in sorted(tensors, key=lambda k: place.get(k, len(place)))}
         version = root.fields.get("version")
         return DcpMetadata(
             folder=self.folder,

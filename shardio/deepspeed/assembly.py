@@ -137,6 +137,7 @@ def _scalars(grid: Grid, names: Mapping[str, str]) -> dict[str, Any]:
         found["param_groups"] = [_named_group(grid, g, names) for g in rank.param_groups]
         found["optimizer_steps"] = list(rank.steps)
         found["loss_scaler"] = plain(rank.fields.get("loss_scaler"))
+        found["clip_grad"] = rank.fields.plain("clip_grad")
     return {k: v for k, v in found.items() if v is not None}
 
 

@@ -103,14 +103,15 @@ def model_state(source: Source, module: Mapping[str, Any], dp: int) -> dict[str,
 def optimizer_head(source: Source) -> dict[str, Any]:
     """The entries that every ZeRO stage's optimizer state starts with."""
     scaler = _loss_scaler(source)
-    clip = source.config.get("gradient_clipping")
-    return {
+    head = {
         "loss_scaler": scaler,
         "dynamic_loss_scale": scaler.state["dynamic"],
         "overflow": False,
-        "clip_grad": clip if isinstance(clip, (int, float)) else 0.0,
         "ds_version": VERSION,
     }
+    clip = source.ckpt.scalars.get("clip_grad", source.config.get("gradient_clipping"))
+    # loading overrides the engine's own setting, so an unknown one is left out
+    return head | ({"clip_grad": clip} if isinstance(clip, (int, float)) else {})
 
 
 def _training_dtype(ckpt: Checkpoint, layout: Layout, training: TrainingState) -> np.dtype:

@@ -41,6 +41,8 @@ class Writer:
         naming: the names it writes (``hf``, ``megatron``); the checkpoint is brought into them.
         plan: from checkpoint and layout to files. Optimizer states are written when the checkpoint
             has them. Raises LayoutError for a layout that cannot hold the model.
+        ordered: it numbers weights, so they must come in the order in which the model registers
+            them.
         resumes: it is written to train on: optimizer states go along unless told otherwise.
     """
 
@@ -49,6 +51,7 @@ class Writer:
     naming: str
     plan: Callable[[Checkpoint, Layout], Planned]
     resumes: bool = True
+    ordered: bool = False
 
 
 @lru_cache(maxsize=1)

@@ -14,7 +14,7 @@ from ..safetensors_plan import plan_copies, plan_json
 from ..stream import OutFile
 
 _LOST = "<"  # readers put '<tensor ...>' and the like where a value could not be kept
-_NOT_SCHEDULES = ("param_groups", "optimizer_steps", "loss_scaler")
+_NOT_SCHEDULES = ("param_groups", "optimizer_steps", "loss_scaler", "clip_grad")
 
 
 def only_axes(layout: Layout, *axes: str) -> None:

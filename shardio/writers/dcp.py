@@ -43,7 +43,10 @@ def _optimizer(dcp: DcpPlan, training: TrainingState) -> None:
         for kind, tensor in state.items():
             dcp.tensor(("optim", "state", name, kind), tensor, name)
     for k, group in enumerate(training.groups):
-        for key, value in {**group.settings, "params": list(group.names)}.items():
+        settings = dict(group.settings)
+        if "lr" in settings:  # a scheduler adds it, and loading asks for every key of the optimizer
+            settings.setdefault("initial_lr", settings["lr"])
+        for key, value in {**settings, "params": list(group.names)}.items():
             dcp.value(("optim", "param_groups", k, key), value)
 
 

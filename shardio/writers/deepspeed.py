@@ -201,4 +201,4 @@ def _optimizer_shard(
     return _optimizer_file(source, rank, optimizer)
 
 
-WRITER = Writer("deepspeed", "DeepSpeed ZeRO-1, 2 or 3", "hf", plan)
+WRITER = Writer("deepspeed", "DeepSpeed ZeRO-1, 2 or 3", "hf", plan, ordered=True)

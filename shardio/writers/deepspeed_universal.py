@@ -95,4 +95,4 @@ def _models(source: Source) -> Iterator[OutFile]:
         yield plan_torch_file(f"{source.tag}/{name}", state)
 
 
-WRITER = Writer("deepspeed-universal", "DeepSpeed universal", "hf", plan)
+WRITER = Writer("deepspeed-universal", "DeepSpeed universal", "hf", plan, ordered=True)

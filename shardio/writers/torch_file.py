@@ -54,4 +54,4 @@ def _optimizer(training: TrainingState) -> dict[str, Any]:
     return {"state": table, "param_groups": groups}
 
 
-WRITER = Writer("torch", "one torch.save file", "hf", plan)
+WRITER = Writer("torch", "one torch.save file", "hf", plan, ordered=True)

@@ -1,0 +1,113 @@
+"""Train, reshard, resume: the matrix of ``test_resume.py``, run in a process of its own.
+
+    python resume_matrix.py OUT.json [CASE...]
+
+Each case trains under A, saves in the middle and goes on (the truth); its checkpoint is resharded
+and B resumes from it. A control resumes with zeroed moments.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch
+from mconv import Layout, reshard
+from tiny_training import forked, run_deepspeed, run_fsdp
+
+MIDDLE, END = 4, 8
+
+
+def port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+Run = Callable[..., list[float]]
+# name: (ranks of A, A, layouts to pass, ranks of B, B)
+CASES: dict[str, tuple[int, Run, list[str], int, Run]] = {
+    "zero1-dp2-to-zero3-dp3": (
+        2,
+        partial(run_deepspeed, stage=1, dtype="bf16", warmup=True),
+        ["deepspeed:zero=3,dp=3"],
+        3,
+        partial(run_deepspeed, stage=3, dtype="bf16", warmup=True),
+    ),
+    "zero3-dp4-to-fsdp2-dp2": (
+        4,
+        partial(run_deepspeed, stage=3, dtype="fp32"),
+        ["dcp:dp=3"],
+        2,
+        partial(run_fsdp, dp=2),
+    ),
+    "fsdp2-tp-to-zero2": (
+        4,
+        partial(run_fsdp, dp=2, tp=2),
+        ["deepspeed:zero=2,dp=2"],
+        2,
+        partial(run_deepspeed, stage=2, dtype="fp32"),
+    ),
+    "zero2-to-universal-to-zero3": (
+        2,
+        partial(run_deepspeed, stage=2, dtype="fp32", tied=True, count=1),
+        ["torch", "deepspeed-universal"],
+        3,
+        partial(run_deepspeed, stage=3, dtype="fp32", universal=True, tied=True, count=1),
+    ),
+    "zero3-to-universal-to-zero1": (
+        2,
+        partial(run_deepspeed, stage=3, dtype="fp32"),
+        ["dcp:dp=2,tp=2", "deepspeed-universal"],
+        2,
+        partial(run_deepspeed, stage=1, dtype="fp32", universal=True),
+    ),
+    "zero1-to-fsdp2-tp": (
+        2,
+        partial(run_deepspeed, stage=1, dtype="fp32"),
+        ["deepspeed:zero=3,dp=5", "dcp:dp=2"],
+        4,
+        partial(run_fsdp, dp=2, tp=2),
+    ),
+}
+
+
+def run_case(name: str, work: Path) -> dict[str, list[float]]:
+    world_a, train, layouts, world_b, resume = CASES[name]
+    source = work / "a"
+    job = partial(train, first=0, last=END, save_at=MIDDLE, save=source)
+    truth = forked(world_a, job, port())
+    for k, text in enumerate(layouts):
+        target = work / f"b{k}"
+        reshard(source, target, Layout.parse(text), with_optimizer=True)
+        source = target
+    found = {"truth": truth[MIDDLE:]}
+    for key, forget in (("resumed", False), ("control", True)):
+        job = partial(resume, first=MIDDLE, last=END, load=source, forget=forget)
+        found[key] = forked(world_b, job, port())
+    return found
+
+
+def main() -> None:
+    out, *names = sys.argv[1:]
+    import deepspeed  # noqa: F401  # once, before the ranks are forked
+
+    torch.set_num_threads(1)
+    results = {}
+    for name in names or CASES:
+        with tempfile.TemporaryDirectory() as work:
+            results[name] = run_case(name, Path(work))
+    Path(out).write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
