@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from ..errors import QuantError
 from .codec import dequantize, have_native, quantize
+from .measure import ErrorSums
 from .types import TYPES, GgmlType, type_by_id, type_by_name
 
 __all__ = [
     "TYPES",
+    "ErrorSums",
     "GgmlType",
     "QuantError",
     "dequantize",

@@ -30,16 +30,22 @@ def quantize_on(
     kind: GgmlType,
     weights: npt.NDArray[np.float32] | None,
     out: npt.NDArray[np.uint8],
+    *,
+    full: bool = False,
 ) -> bool:
     """Encode rows [rows, cols] into ``out`` on ``device``; returns false if a value is not finite.
+
+    ``full`` takes the full search for the least error instead of ggml's algorithm.
 
     Raises:
         ConfigError: torch is not installed, or the device does not exist.
     """
     torch = _torch(device)
-    encoder = array_encoder(kind)
+    encoder = array_encoder(kind, full=full)
     assert encoder is not None
     importance = None if weights is None else torch.from_numpy(weights).to(device)
+    if full and importance is None:
+        importance = torch.ones(x.shape[1], device=device)
     step = max(1, _SLAB // x.shape[1])
     for start in range(0, x.shape[0], step):
         rows = _send(torch, x[start : start + step], device)

@@ -1,9 +1,11 @@
-"""The block formats in numpy: slower than the native kernels, the same bytes.
+"""The block formats as array programs: slower than the native kernels, the same bytes.
 
-Each module here exports ``ENCODERS``: a map from type name to a function of ``x`` (float32
-[rows, cols]) and ``importance`` (float32 [cols] or None) that returns uint8 [rows, row bytes].
-Modules are discovered, so a new family is one new file. Decoding goes through gguf-py, or through
-a module's ``DECODERS`` (uint8 [blocks, block bytes] to float32) for types that gguf-py lacks.
+Each module here may export ``ENCODERS``, a map from type name to a function of ``x`` (float32
+[rows, cols]) and ``importance`` (float32 [cols] or None) that returns uint8 [rows, row bytes], and
+``FULL``, the same for the search that minimizes the error under given weights [cols]. They take
+numpy arrays and torch tensors. Modules are discovered, so a new family is one new file. Decoding
+goes through gguf-py, or through a module's ``DECODERS`` (uint8 [blocks, block bytes] to float32)
+for types that gguf-py lacks.
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...errors import QuantError
 from ..types import GgmlType
 
 # Byte offsets of the float16 scales inside a block; types without an entry have none.
@@ -37,27 +38,27 @@ def _found(table: str) -> dict[str, Callable[..., npt.NDArray]]:
 
 
 def encode(
-    x: npt.NDArray[np.float32], kind: GgmlType, importance: npt.NDArray[np.float32] | None
+    x: npt.NDArray[np.float32],
+    kind: GgmlType,
+    importance: npt.NDArray[np.float32] | None,
+    *,
+    full: bool = False,
 ) -> npt.NDArray[np.uint8]:
     """Encode finite float32 rows [rows, cols]; returns uint8 [rows, row bytes].
 
-    Raises:
-        QuantError: the type has no numpy encoder.
+    ``full`` takes the search for the least error, under importance or equal weights.
     """
-    encoder = _found("ENCODERS").get(kind.name)
-    if encoder is None:
-        raise QuantError(
-            f"{kind.name} needs the native kernels, which this installation lacks: "
-            "install a C++ compiler and reinstall mconv"
-        )
+    encoder = array_encoder(kind, full=full)
+    assert encoder is not None, kind.name
+    if full and importance is None:
+        importance = np.ones(x.shape[1], np.float32)
     with np.errstate(all="ignore"):
         return encoder(x, importance).reshape(x.shape[0], -1)
 
 
-def array_encoder(kind: GgmlType) -> Callable[..., Any] | None:
-    """Return the encoder of ``kind`` that also takes torch tensors, or None."""
-    encoder = _found("ENCODERS").get(kind.name)
-    return None if encoder is None or encoder.__module__.endswith(".plain") else encoder
+def array_encoder(kind: GgmlType, *, full: bool = False) -> Callable[..., Any] | None:
+    """Return the encoder of ``kind``, or None for types that are plain casts."""
+    return _found("FULL" if full else "ENCODERS").get(kind.name)
 
 
 def scales_overflow(data: npt.NDArray[np.uint8], kind: GgmlType) -> bool:

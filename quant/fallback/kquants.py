@@ -7,6 +7,7 @@ implementation); ``native/kquants.hpp`` is the fast form.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from .pack import (
@@ -46,13 +47,13 @@ from .search import (
 _PLAIN = {2: Steps(-0.5, 0.1, 15, True), 4: Steps(-1.0, 0.1, 20), 5: Steps(-0.5, 0.1, 15)}
 
 
-def _weights(x: Array, importance: Array | None, bits: int) -> tuple[Array, Array]:
+def _weights(x: Array, importance: Array | None, bits: int, pure: bool) -> tuple[Array, Array]:
     """Error weights [256, blocks] and their sums per sub-block."""
     xp, size = backend(x), 16 if bits < 4 else 32
     if importance is not None:
         mean = sum_squares(x) if bits == 2 else 2 * sum_squares(x)
         w = error_weights(x, spread(importance, x.shape[1] * 256 // importance.shape[0], 256),
-                          mean / 256)  # fmt: skip
+                          mean / 256, pure=pure)  # fmt: skip
     elif bits == 2:
         w = xp.abs(x)
     else:
@@ -80,11 +81,11 @@ def _requantize(x: Array, d: Array, m: Array, found: Asymmetric) -> Array:
 
 
 def _asymmetric(
-    x: Array, importance: Array | None, bits: int
+    x: Array, importance: Array | None, bits: int, pure: bool
 ) -> tuple[list[Asymmetric], Array, Array, Array]:
     """Search every sub-block; returns the results, scales, minima and weight sums."""
     xp, size = backend(x), 16 if bits < 4 else 32
-    w, sums = _weights(x, importance, bits)
+    w, sums = _weights(x, importance, bits, pure)
     steps = WITH_IMPORTANCE if importance is not None else _PLAIN[bits]
     found = [
         search_asymmetric(x[i : i + size], w[i : i + size], (1 << bits) - 1, steps)
@@ -104,17 +105,17 @@ def _six_bits(ls: Array, lm: Array) -> tuple[Array, Array, Array]:
     return xp.concatenate([a, b, c]), scale, low
 
 
-def _encode_q45(rows: Array, importance: Array | None, bits: int) -> Array:
+def _encode_q45(rows: Array, importance: Array | None, bits: int, pure: bool) -> Array:
     x = columns(rows, 256)
     xp = backend(x)
-    found, scale, low, sums = _asymmetric(x, importance, bits)
+    found, scale, low, sums = _asymmetric(x, importance, bits, pure)
     if importance is None:
         d, ls = _round_scales(scale, 63)
         m, lm = _round_scales(low, 63)
     else:
         d, ls = search_positive(scale, sums, 63)
         m, lm = search_positive(low, sums, 63)
-    if importance is None or bits == 5:
+    if importance is None or bits == 5 or pure:
         ls, lm = clip(ls, 0, 63), clip(lm, 0, 63)
     d_bytes, d = half(d)
     m_bytes, m = half(m)
@@ -127,27 +128,29 @@ def _encode_q45(rows: Array, importance: Array | None, bits: int) -> Array:
     return assemble([d_bytes, m_bytes, packed, *high, nibbles(q, 64)], rows.shape[0])
 
 
-def encode_q4_k(x: Array, importance: Array | None) -> Array:
+def encode_q4_k(x: Array, importance: Array | None, pure: bool = False) -> Array:
     """Q4_K: 8 sub-blocks of 32, six-bit scales and minima."""
-    return _encode_q45(x, importance, 4)
+    return _encode_q45(x, importance, 4, pure)
 
 
-def encode_q5_k(x: Array, importance: Array | None) -> Array:
+def encode_q5_k(x: Array, importance: Array | None, pure: bool = False) -> Array:
     """Q5_K: as Q4_K with a fifth bit per element."""
-    return _encode_q45(x, importance, 5)
+    return _encode_q45(x, importance, 5, pure)
 
 
-def encode_q2_k(rows: Array, importance: Array | None) -> Array:
+def encode_q2_k(rows: Array, importance: Array | None, pure: bool = False) -> Array:
     """Q2_K: 16 sub-blocks of 16, four-bit scales and minima."""
     x = columns(rows, 256)
     xp = backend(x)
-    found, scale, low, sums = _asymmetric(x, importance, 2)
+    found, scale, low, sums = _asymmetric(x, importance, 2, pure)
     if importance is None:
         d, ls = _round_scales(scale, 15)
         m, lm = _round_scales(low, 15)
     else:
         d, ls = search_positive(scale, sums, 15)
         m, lm = search_positive(low, sums, 15)
+    if pure:
+        ls, lm = clip(ls, 0, 15), clip(lm, 0, 15)
     d_bytes, d = half(d)
     m_bytes, m = half(m)
     packed = (ls | lm << 4) & 255
@@ -158,13 +161,13 @@ def encode_q2_k(rows: Array, importance: Array | None) -> Array:
     return assemble([packed, crumbs(q), d_bytes, m_bytes], rows.shape[0])
 
 
-def _q3_scales(x: Array, importance: Array | None) -> tuple[Array, Array, Array]:
+def _q3_scales(x: Array, importance: Array | None, pure: bool) -> tuple[Array, Array, Array]:
     """Search Q3_K's sub-blocks; returns the block scale, six-bit scales and first levels."""
     xp = backend(x)
     parts = [x[i : i + 16] for i in range(0, 256, 16)]
     if importance is not None:
         full = spread(importance, x.shape[1] * 256 // importance.shape[0], 256)
-        w = error_weights(x, full, 2 * sum_squares(x) / 256)
+        w = error_weights(x, full, 2 * sum_squares(x) / 256, pure=pure)
         ws = [w[i : i + 16] for i in range(0, 256, 16)]
         found = [search_symmetric(p, q, 4) for p, q in zip(parts, ws, strict=True)]
         scale = xp.stack([f.scale for f in found])
@@ -182,11 +185,11 @@ def _q3_scales(x: Array, importance: Array | None) -> tuple[Array, Array, Array]
     return xp.where(some, over(1, inverse), zero), xp.where(some, level, xp.zeros_like(level)), q
 
 
-def encode_q3_k(rows: Array, importance: Array | None) -> Array:
+def encode_q3_k(rows: Array, importance: Array | None, pure: bool = False) -> Array:
     """Q3_K: 16 sub-blocks of 16, signed six-bit scales, the third bit in a mask."""
     x = columns(rows, 256)
     xp = backend(x)
-    d, ls, q = _q3_scales(x, importance)
+    d, ls, q = _q3_scales(x, importance, pure)
     d_bytes, d = half(d)
     ds = xp.repeat(scaled(ls - 32, d), 16, 0) if xp.__name__ == "numpy" else (
         scaled(ls - 32, d).repeat_interleave(16, 0)
@@ -206,7 +209,7 @@ def _search_q6(x: Array, importance: Array | None) -> list[Symmetric]:
     return [search_symmetric(p, full[16 * j : 16 * j + 16], 32) for j, p in enumerate(parts)]
 
 
-def encode_q6_k(rows: Array, importance: Array | None) -> Array:
+def encode_q6_k(rows: Array, importance: Array | None, pure: bool = False) -> Array:
     """Q6_K: 16 sub-blocks of 16 with signed byte scales."""
     x = columns(rows, 256)
     xp = backend(x)
@@ -239,3 +242,4 @@ ENCODERS = {
     "Q5_K": encode_q5_k,
     "Q6_K": encode_q6_k,
 }
+FULL = {name: partial(encoder, pure=True) for name, encoder in ENCODERS.items()}

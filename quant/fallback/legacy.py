@@ -6,11 +6,17 @@ Source of the algorithms: ggml's encoders (own implementation); fast form ``nati
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
-
-from .pack import assemble, columns, error_weights, fifth_bits, half, nibbles, safe_inverse, spread
+from .pack import (
+    assemble,
+    columns,
+    error_weights,
+    fifth_bits,
+    half,
+    nibbles,
+    safe_inverse,
+    spread,
+    to_int,
+)
 from .search import (
     WITH_IMPORTANCE,
     Array,
@@ -26,10 +32,7 @@ from .search import (
 
 def _to_int8(x: Array) -> Array:
     """C's float to int8 conversion on x86: truncate, low byte, sign; out of range gives 0."""
-    xp = backend(x)
-    safe = xp.where(xp.abs(x) < 2.0**31, x, xp.zeros_like(x))
-    whole: Any = safe.astype(np.int32) if isinstance(x, np.ndarray) else safe.to(xp.int32)
-    return ((whole + 128) & 255) - 128
+    return ((to_int(x) + 128) & 255) - 128
 
 
 def _weights(rows: Array, x: Array, importance: Array) -> Array:

@@ -26,9 +26,9 @@ def spread(importance: Array, rows: int, block: int) -> Array:
     return backend(importance).concatenate([part] * rows, 1)
 
 
-def error_weights(x: Array, importance: Array, mean: Array) -> Array:
-    """importance * sqrt(mean + x*x)."""
-    return importance * root(mean + x * x)
+def error_weights(x: Array, importance: Array, mean: Array, *, pure: bool = False) -> Array:
+    """importance * sqrt(mean + x*x), or ``importance`` alone if it is the error weight itself."""
+    return importance if pure else importance * root(mean + x * x)
 
 
 def half(d: Array) -> tuple[Array, Array]:
@@ -50,6 +50,29 @@ def safe_inverse(d: Array) -> Array:
     """1/d, and 0 where d is 0."""
     xp = backend(d)
     return xp.where(d != 0, over(1, d), xp.zeros_like(d))
+
+
+def to_int(x: Array) -> Array:
+    """Truncate to int32; what does not fit gives 0 (the low byte of x86's answer)."""
+    xp = backend(x)
+    safe = xp.where(xp.abs(x) < 2.0**31, x, xp.zeros_like(x))
+    return safe.astype(np.int32) if isinstance(safe, np.ndarray) else safe.to(xp.int32)
+
+
+def round_away(x: Array) -> Array:
+    """Round half away from zero, as C's roundf, then convert as ``to_int`` does."""
+    xp = backend(x)
+    whole = xp.trunc(x)
+    return to_int(whole + xp.copysign(real(xp.abs(x - whole) >= 0.5), x))
+
+
+def lookup(table: np.ndarray, index: Array) -> Array:
+    """Entries of a small numpy table at integer places, on the device of ``index``."""
+    if isinstance(index, np.ndarray):
+        return table[index]
+    import torch
+
+    return torch.from_numpy(table).to(index.device)[index.long()]
 
 
 def nibbles(q: Array, group: int = 32) -> Array:
@@ -103,3 +126,8 @@ def larger(values: Array) -> Array:
 def scaled(codes: Array, d: Array) -> Array:
     """d * code for integer codes [n, blocks]."""
     return d * real(codes)
+
+
+def repeated(x: Array, times: int) -> Array:
+    """Repeat each entry of [n] in place; [n * times]."""
+    return np.repeat(x, times) if isinstance(x, np.ndarray) else x.repeat_interleave(times)

@@ -1,7 +1,8 @@
-"""One-shot block formats in numpy: scales follow from the extremes of a block, nothing to search.
+"""One-shot formats as array programs: Q8_0, MXFP4, NVFP4, TQ1_0, TQ2_0, Q1_0, Q2_0.
 
-Q8_0, MXFP4, NVFP4, TQ1_0, TQ2_0, Q1_0, Q2_0, and the helpers that every numpy encoder shares.
-Source of the algorithms: ggml's reference quantizers (own implementation).
+Scales follow from the extremes of a block, nothing is searched; see ``search`` for the
+conventions. Source of the algorithms: ggml's reference quantizers (own implementation); the fast
+form is ``native/tiny.hpp``.
 """
 
 from __future__ import annotations
@@ -9,169 +10,171 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from ..floats import f16_bits
+from .pack import assemble, columns, crumbs, half, lookup, nibbles, round_away, safe_inverse, to_int
+from .search import Array, backend, clip, divided, flag, peak, real, total
 
 Floats = npt.NDArray[np.float32]
-Ints = npt.NDArray[np.int32]
 Bytes = npt.NDArray[np.uint8]
 
-ONE = np.float32(1)
 
-
-def half_bytes(x: Floats) -> Bytes:
-    """Return the little-endian float16 bytes of ``x`` [n] as uint8 [n, 2]."""
-    return f16_bits(x).reshape(-1, 1).view(np.uint8)
-
-
-def as_half(x: Floats) -> Floats:
-    """Return ``x`` rounded to float16, as float32."""
-    return f16_bits(x).view(np.float16).astype(np.float32)
-
-
-def inverse(d: Floats) -> Floats:
-    """Return 1/d, and 0 where d is 0."""
-    return np.where(d != 0, ONE / d, np.float32(0))
-
-
-def round_away(x: Floats) -> Ints:
-    """Round half away from zero, as C's roundf, then convert as x86 does: out of range gives 0."""
-    whole = np.trunc(x)
-    whole += np.copysign((np.abs(x - whole) >= 0.5).astype(np.float32), x)
-    return to_int(whole)
-
-
-def to_int(x: Floats) -> Ints:
-    """Truncate to int32; values that do not fit become 0 (the low byte of x86's answer)."""
-    return np.where(np.abs(x) < 2.0**31, x, np.float32(0)).astype(np.int32)
-
-
-def ordered_sum(x: Floats) -> Floats:
-    """Sum over the last axis strictly from the first element, in float32."""
-    total = np.zeros(x.shape[:-1], np.float32)
-    for i in range(x.shape[-1]):
-        total += x[..., i]
-    return total
-
-
-def nibbles(q: Ints) -> Bytes:
-    """Pack codes [..., 2n]: byte j holds element j (low) and j + n (high); uint8 [..., n]."""
-    half = q.shape[-1] // 2
-    return ((q[..., :half] & 15) | ((q[..., half:] & 15) << 4)).astype(np.uint8)
-
-
-def crumbs(q: Ints) -> Bytes:
-    """Pack two-bit codes [blocks, 256] to [blocks, 64]: byte l holds l, l+32, l+64, l+96."""
-    parts = (q & 3).reshape(-1, 2, 4, 32)
-    packed = parts[:, :, 0] | parts[:, :, 1] << 2 | parts[:, :, 2] << 4 | parts[:, :, 3] << 6
-    return packed.reshape(-1, 64).astype(np.uint8)
-
-
-def encode_q8_0(x: Floats, importance: Floats | None) -> Bytes:
+def encode_q8_0(rows: Array, importance: Array | None) -> Array:
     """Q8_0: d = absmax / 127 in float16, 32 signed bytes."""
-    blocks = x.reshape(-1, 32)
-    d = np.abs(blocks).max(axis=1) / np.float32(127)
-    q = round_away(blocks * inverse(d)[:, None]).astype(np.int8)
-    return np.concatenate([half_bytes(d), q.view(np.uint8)], axis=1)
+    x = columns(rows, 32)
+    d = divided(peak(x)[0], 127)
+    d_bytes, _ = half(d)
+    return assemble([d_bytes, round_away(x * safe_inverse(d))], rows.shape[0])
 
 
-_E2M1_MIDDLES = np.array([0.5, 1.5, 2.5, 3.5, 5, 7, 10], np.float32)
+_E2M1_MIDDLES = (0.5, 1.5, 2.5, 3.5, 5.0, 7.0, 10.0)
 
 
-def e2m1_codes(x: Floats, d: Floats) -> Ints:
-    """Nearest doubled E2M1 code of ``x`` [n, k] for scale ``d`` [n], the smaller one on ties."""
-    code = np.zeros(x.shape, np.int32)
-    magnitude = np.abs(x)
+def e2m1_codes(x: Array, d: Array) -> Array:
+    """Nearest doubled E2M1 code of ``x`` [n, blocks] for scale ``d``, the smaller one on ties."""
+    xp = backend(x)
+    magnitude = xp.abs(x)
+    code = xp.zeros_like(x, dtype=xp.int32)
     for middle in _E2M1_MIDDLES:
-        code += magnitude > (middle * d)[:, None]
-    code[d == 0] = 0
-    return code | np.where((x < 0) & (code != 0), 8, 0)
+        code = code + flag(magnitude > d * middle)
+    code = xp.where(d == 0, xp.zeros_like(code), code)
+    return code + 8 * flag((x < 0) & (code != 0))
 
 
-def encode_mxfp4(x: Floats, importance: Floats | None) -> Bytes:
-    """MXFP4: a power-of-two scale byte from absmax, then E2M1 nibbles."""
-    blocks = x.reshape(-1, 32)
-    amax = np.abs(blocks).max(axis=1)
+def mx_exponent(amax: Array) -> Array:
+    """The scale byte of MXFP4: floor(log2(amax)) - 2 + 127, 0 for an empty block."""
+    xp = backend(amax)
+    some = amax > 0
+    safe = xp.where(some, amax, xp.ones_like(amax))
     # In float32, log2 rounds up just below a power of two, as the C library's log2f does.
-    floor = np.floor(np.log2(np.where(amax > 0, amax, ONE).astype(np.float64)).astype(np.float32))
-    e = np.where(amax > 0, (floor.astype(np.int32) + 125) & 255, 0).astype(np.uint32)
-    bits = np.where(e < 2, np.uint32(0x00200000) << np.minimum(e, 1), (e - 1) << 23)
-    d = bits.astype(np.uint32).view(np.float32)
-    q = e2m1_codes(blocks, d)
-    return np.concatenate([e.astype(np.uint8)[:, None], nibbles(q)], axis=1)
+    if isinstance(safe, np.ndarray):
+        log = np.log2(safe.astype(np.float64)).astype(np.float32)
+    else:
+        log = safe.double().log2().float()
+    e = to_int(xp.floor(log))
+    return xp.where(some, (e + 125) & 255, xp.zeros_like(e))
 
 
-def _e4m3(x: Floats) -> Ints:
-    x = np.minimum(x, np.float32(448))
-    bits = x.view(np.uint32).astype(np.int64)
-    exponent = ((bits >> 23) & 255) - 120
-    small = np.clip(to_int(x * np.float32(512) + np.float32(0.5)), 0, 7)
-    mantissa = ((bits >> 20) & 7) + ((bits >> 19) & 1)
-    normal = np.minimum((exponent << 3) + mantissa, 0x7E)
-    return np.where(x > 0, np.where(exponent <= 0, small, normal), 0).astype(np.int32)
+def mx_half(e: Array) -> Array:
+    """Half of 2**(e - 127), for codes in doubled units."""
+    xp = backend(e)
+    return xp.where(e < 2, 0x00200000 * (1 + clip(e, 0, 1)), (clip(e, 1, 254) - 1) << 23).view(
+        xp.float32
+    )
 
 
-def encode_nvfp4(x: Floats, importance: Floats | None) -> Bytes:
-    """NVFP4: an E4M3 scale (absmax / 6) per 16 elements, then E2M1 nibbles."""
-    parts = x.reshape(-1, 16)
-    code = _e4m3(np.abs(parts).max(axis=1) / np.float32(6))
+def encode_mxfp4(rows: Array, importance: Array | None) -> Array:
+    """MXFP4: a power-of-two scale byte from absmax, then E2M1 nibbles."""
+    x = columns(rows, 32)
+    return put_mxfp4(x, mx_exponent(peak(x)[0]), rows.shape[0])
+
+
+def put_mxfp4(x: Array, e: Array, rows: int) -> Array:
+    """Encode [32, blocks] under scale bytes ``e``."""
+    return assemble([e[None], nibbles(e2m1_codes(x, mx_half(e)))], rows)
+
+
+def _e4m3_values() -> Floats:
+    code = np.arange(128)
     exponent, mantissa = code >> 3, (code & 7).astype(np.float32)
-    d = np.where(
-        exponent > 0,
-        np.ldexp(ONE + mantissa / np.float32(8), exponent - 8),
-        np.ldexp(mantissa, -10),
-    ).astype(np.float32)
-    q = nibbles(e2m1_codes(parts, d))
-    return np.concatenate([code.astype(np.uint8).reshape(-1, 4), q.reshape(-1, 32)], axis=1)
+    values = np.where(
+        exponent > 0, np.ldexp(1 + mantissa / 8, exponent - 8), np.ldexp(mantissa, -10)
+    )
+    values[127] = 0
+    return values.astype(np.float32)
 
 
-def _ternary(x: Floats) -> tuple[Ints, Bytes]:
-    blocks = x.reshape(-1, 256)
-    amax = np.abs(blocks).max(axis=1)
-    return round_away(blocks * inverse(amax)[:, None]) + 1, half_bytes(amax)
+E4M3 = _e4m3_values()
+"""Half the value of each unsigned E4M3 code."""
 
 
-def _trits(q: Ints) -> Bytes:
-    """Pack [blocks, trits, n] base 3, first trit most significant, as ceil(v * 256 / 243)."""
-    value = np.zeros((q.shape[0], q.shape[2]), np.int32)
+def e4m3_codes(x: Array) -> Array:
+    """Unsigned E4M3 codes of non-negative numbers, half up, at most 448."""
+    xp = backend(x)
+    x = xp.where(x > 448, xp.zeros_like(x) + 448, x)
+    bits = x.view(xp.int32)
+    exponent = ((bits >> 23) & 255) - 120
+    small = clip(to_int(x * 512 + 0.5), 0, 7)
+    normal = clip((exponent << 3) + ((bits >> 20) & 7) + ((bits >> 19) & 1), 0, 0x7E)
+    code = xp.where(exponent <= 0, small, normal)
+    return xp.where(x > 0, code, xp.zeros_like(code))
+
+
+def encode_nvfp4(rows: Array, importance: Array | None) -> Array:
+    """NVFP4: an E4M3 scale (absmax / 6) per 16 elements, then E2M1 nibbles."""
+    x = columns(rows, 16)
+    return put_nvfp4(x, e4m3_codes(divided(peak(x)[0], 6)), rows.shape[0])
+
+
+def put_nvfp4(x: Array, code: Array, rows: int) -> Array:
+    """Encode [16, 4 * blocks] under scale codes."""
+    packed = nibbles(e2m1_codes(x, lookup(E4M3, code)), 16)
+    packed = backend(x).moveaxis(packed.reshape(8, -1, 4), 2, 0).reshape(32, -1)
+    return assemble([code.reshape(-1, 4).T, packed], rows)
+
+
+def _ternary(rows: Array) -> tuple[Array, Array]:
+    x = columns(rows, 256)
+    amax, _ = peak(x)
+    return round_away(x * safe_inverse(amax)) + 1, half(amax)[0]
+
+
+def _trits(q: Array) -> Array:
+    """Pack [trits, n, blocks] base 3, first trit most significant, as ceil(v * 256 / 243)."""
+    value = q[0] * 0
     for i in range(5):
-        value = value * 3 + (q[:, i] if i < q.shape[1] else 0)
-    return ((value * 256 + 242) // 243).astype(np.uint8)
+        value = value * 3 + (q[i] if i < q.shape[0] else 0)
+    return (value * 256 + 242) // 243
 
 
-def encode_tq1_0(x: Floats, importance: Floats | None) -> Bytes:
-    """TQ1_0: five ternary values per byte at strides 32 and 16, then four at stride 4."""
-    q, d = _ternary(x)
-    n = q.shape[0]
-    parts = (
-        q[:, :160].reshape(n, 5, 32), q[:, 160:240].reshape(n, 5, 16), q[:, 240:].reshape(n, 4, 4)
-    )  # fmt: skip
-    return np.concatenate([*(_trits(p) for p in parts), d], axis=1)
+def put_tq1_0(q: Array, d_bytes: Array, rows: int) -> Array:
+    """Pack levels 0..2: five per byte at strides 32 and 16, then four at stride 4."""
+    n = q.shape[1]
+    parts = (q[:160].reshape(5, 32, n), q[160:240].reshape(5, 16, n), q[240:].reshape(4, 4, n))
+    return assemble([*(_trits(p) for p in parts), d_bytes], rows)
 
 
-def encode_tq2_0(x: Floats, importance: Floats | None) -> Bytes:
+def encode_tq1_0(rows: Array, importance: Array | None) -> Array:
+    """TQ1_0: base-3 packed ternary values and their absmax."""
+    q, d_bytes = _ternary(rows)
+    return put_tq1_0(q, d_bytes, rows.shape[0])
+
+
+def encode_tq2_0(rows: Array, importance: Array | None) -> Array:
     """TQ2_0: four ternary values per byte."""
-    q, d = _ternary(x)
-    return np.concatenate([crumbs(q), d], axis=1)
+    q, d_bytes = _ternary(rows)
+    return assemble([crumbs(q), d_bytes], rows.shape[0])
 
 
-def encode_q1_0(x: Floats, importance: Floats | None) -> Bytes:
+def put_q1_0(x: Array, d: Array, rows: int) -> Array:
+    """The scale and the signs of [128, blocks]."""
+    signs = flag(x >= 0).reshape(16, 8, -1)
+    packed = signs[:, 0]
+    for k in range(1, 8):
+        packed = packed | signs[:, k] << k
+    return assemble([half(d)[0], packed], rows)
+
+
+def encode_q1_0(rows: Array, importance: Array | None) -> Array:
     """Q1_0: mean magnitude of 128 elements and their signs."""
-    blocks = x.reshape(-1, 128)
-    d = ordered_sum(np.abs(blocks)) / np.float32(128)
-    signs = np.packbits(blocks >= 0, axis=1, bitorder="little")
-    return np.concatenate([half_bytes(d), signs], axis=1)
+    x = columns(rows, 128)
+    return put_q1_0(x, divided(total(backend(x).abs(x)), 128), rows.shape[0])
 
 
-def encode_q2_0(x: Floats, importance: Floats | None) -> Bytes:
+def put_q2_0(q: Array, d_bytes: Array, rows: int) -> Array:
+    """Four consecutive codes 0..3 per byte."""
+    parts = q.reshape(16, 4, -1)
+    packed = parts[:, 0] | parts[:, 1] << 2 | parts[:, 2] << 4 | parts[:, 3] << 6
+    return assemble([d_bytes, packed], rows)
+
+
+def encode_q2_0(rows: Array, importance: Array | None) -> Array:
     """Q2_0: absmax of 64 elements and codes of -1, 0, 1."""
-    blocks = x.reshape(-1, 64)
-    amax = np.abs(blocks).max(axis=1)
-    factor = inverse(amax)
-    q = np.clip(round_away(blocks * factor[:, None]) + 1, 0, 3)
-    q[np.isinf(factor)] = 0  # a C conversion of infinity is the lowest integer
-    parts = q.reshape(-1, 16, 4)
-    packed = parts[:, :, 0] | parts[:, :, 1] << 2 | parts[:, :, 2] << 4 | parts[:, :, 3] << 6
-    return np.concatenate([half_bytes(amax), packed.astype(np.uint8)], axis=1)
+    x = columns(rows, 64)
+    xp = backend(x)
+    amax, _ = peak(x)
+    factor = safe_inverse(amax)
+    q = clip(round_away(x * factor) + 1, 0, 3)
+    q = xp.where(xp.isinf(factor), xp.zeros_like(q), q)  # C turns infinity into the lowest integer
+    return put_q2_0(q, half(amax)[0], rows.shape[0])
 
 
 def _scale_of(blocks: Bytes) -> Floats:
@@ -187,7 +190,7 @@ def decode_q1_0(blocks: Bytes) -> Floats:
 def decode_q2_0(blocks: Bytes) -> Floats:
     """Return float32 [blocks, 64]."""
     q = (blocks[:, 2:, None] >> np.array([0, 2, 4, 6], np.uint8)) & 3
-    return (q.reshape(-1, 64).astype(np.float32) - ONE) * _scale_of(blocks)
+    return (real(q.reshape(-1, 64)) - 1) * _scale_of(blocks)
 
 
 ENCODERS = {

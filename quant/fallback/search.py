@@ -39,6 +39,11 @@ def real(x: Array) -> Array:
     return x.astype(np.float32) if isinstance(x, np.ndarray) else x.float()
 
 
+def flag(mask: Array) -> Array:
+    """Convert booleans to int32."""
+    return mask.astype(np.int32) if isinstance(mask, np.ndarray) else mask.int()
+
+
 def nearest(x: Array) -> Array:
     """Round half to even, as int32; beyond 2**22 the result wraps as in the reference."""
     xp = backend(x)

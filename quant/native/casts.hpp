@@ -86,4 +86,29 @@ inline void row_mean_squares(const float* x, int64_t rows, int64_t cols, float* 
     }
 }
 
+// See Casts::block_errors. Sixteen partial sums, added up in order.
+template <bool WEIGHTED>
+void block_errors_row(const float* x, const float* y, const float* w, int64_t cols, int block,
+                      double* sums) {
+    for (int64_t at = 0; at < cols; at += block) {
+        double part[16] = {}, sum = 0;
+        for (int64_t e = at; e < at + block; e += 16)
+            for (int i = 0; i < 16; ++i) {
+                double diff = y ? double(x[e + i]) - double(y[e + i]) : double(x[e + i]);
+                part[i] += WEIGHTED ? double(w[e + i]) * diff * diff : diff * diff;
+            }
+        for (int i = 0; i < 16; ++i) sum += part[i];
+        *sums++ = sum;
+    }
+}
+
+inline void block_errors(const float* x, const float* y, const float* w, int64_t rows, int64_t cols,
+                         int block, double* sums) {
+    for (int64_t r = 0; r < rows; ++r, x += cols, sums += cols / block) {
+        const float* from = y ? y + r * cols : nullptr;
+        if (w) block_errors_row<true>(x, from, w, cols, block, sums);
+        else block_errors_row<false>(x, from, w, cols, block, sums);
+    }
+}
+
 }  // namespace mconv::MCONV_ISA

@@ -183,7 +183,7 @@ MCONV_INLINE void iq1_weights(const Lanes& lanes, const Job& job, const VF* x, V
     }
     VF mean = 2.f * sum_squares<N>(x) / float(N);
     gather<N>(lanes.weights, w);
-    error_weights<N>(x, w, mean, w);
+    error_weights<N>(job, x, w, mean, w);
 }
 
 template <int N>

@@ -183,15 +183,15 @@ void search_grid(const Grid& grid, const Levels& levels, const VF* x, const VF* 
 // Byte positions of each format.
 template <class F>
 MCONV_INLINE void put_grid_codes(uint8_t* out, const Grid& grid, const SubBlock<F>* sub, int lane,
-                                 const int* level) {
+                                 const int* level, bool compact) {
     constexpr int groups = SubBlock<F>::groups, blocks = 256 / F::block;
     std::memset(out + 2, 0, F::bytes - 2);
     // ggml's IQ3_S encoder does not step over an all-zero sub-block, so the codes and signs of the
-    // following ones move up (and decode wrongly). Its bytes are what this function promises.
+    // following ones move up (and decode wrongly). `compact` promises its bytes.
     int place = 0;
     for (int b = 0; b < blocks; ++b) {
         const SubBlock<F>& s = sub[b];
-        if (F::type == 21 && !s.active[lane]) continue;
+        if (compact && !s.active[lane]) continue;
         uint32_t signs = 0;
         for (int k = 0; k < F::block / 8 && F::parity; ++k) signs |= uint32_t(s.sign[k][lane]) << 7 * k;
         if (F::type == 16 || F::type == 18) {
@@ -236,7 +236,7 @@ void encode_grid(Job& job) {
         mean = F::mean * sum_squares<256>(x) / 256.f;
         if (job.weights) {
             gather<256>(lanes.weights, w);
-            error_weights<256>(x, w, mean, w);
+            error_weights<256>(job, x, w, mean, w);
         } else {
             for (int e = 0; e < 256; ++e)
                 w[e] = F::type == 22 ? 0.25f * mean + x[e] * x[e] : x[e] * x[e];
@@ -254,7 +254,7 @@ void encode_grid(Job& job) {
         for (int i = 0; i < lanes.used; ++i) {
             int own[blocks];
             for (int b = 0; b < blocks; ++b) own[b] = level[b][i];
-            put_grid_codes<F>(lanes.out[i], grid, sub, i, own);
+            put_grid_codes<F>(lanes.out[i], grid, sub, i, own, F::type == 21 && !job.pure);
         }
     });
 }

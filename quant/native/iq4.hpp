@@ -87,7 +87,7 @@ MCONV_INLINE void iq4_weights(const Lanes& lanes, const Job& job, const VF* x, V
     }
     VF mean = sum_squares<N>(x) * (2.f / N);
     gather<N>(lanes.weights, w);
-    error_weights<N>(x, w, mean, w);
+    error_weights<N>(job, x, w, mean, w);
 }
 
 inline void encode_iq4_nl(Job& job) {
@@ -96,9 +96,9 @@ inline void encode_iq4_nl(Job& job) {
         VI q[32];
         gather<32>(lanes.x, x);
         iq4_weights<32>(lanes, job, x, w);
-        VF d = search_iq4(x, w), inverse = safe_inverse(d);
+        VF d = search_iq4(x, w), stored = put_half(lanes, 0, d, job);
+        VF inverse = safe_inverse(job.pure ? stored : d);
         for (int e = 0; e < 32; ++e) q[e] = iq4_index(inverse * x[e]);
-        put_half(lanes, 0, d, job);
         put_nibbles(lanes, 2, q);
     });
 }
@@ -110,8 +110,9 @@ inline void encode_iq4_xs(Job& job) {
         gather<256>(lanes.x, x);
         iq4_weights<256>(lanes, job, x, w);
         for (int j = 0; j < 8; ++j) scale[j] = search_iq4(x + 32 * j, w + 32 * j);
-        VF d = -abs_max<8>(scale).value / 32.f, inverse = safe_inverse(d);
-        put_half(lanes, 0, d, job);
+        VF d = -abs_max<8>(scale).value / 32.f, stored = put_half(lanes, 0, d, job);
+        if (job.pure) d = stored;
+        VF inverse = safe_inverse(d);
         VI low = {}, high = {};
         for (int j = 0; j < 8; ++j) {
             VI l = clamp(nearest(inverse * scale[j]), -32, 31);

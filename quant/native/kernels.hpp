@@ -13,6 +13,7 @@ struct Job {
     const float* row_mean;  // mean of squares per row [rows], or null
     uint8_t* out;
     bool overflow;          // set when a scale did not fit in float16
+    bool pure = false;      // least error under `weights` (not null), not ggml's bytes
 };
 
 using Encode = void (*)(Job&);
@@ -23,6 +24,7 @@ struct Format {
     Encode encode;
     Decode decode;
     bool wants_row_mean;  // with importance, the encoder needs Job::row_mean
+    Encode full;          // takes pure jobs; null: `encode` does
 };
 
 struct Casts {
@@ -32,6 +34,9 @@ struct Casts {
     bool (*float_to_half)(const float*, uint16_t*, int64_t);  // true: a finite value overflowed
     bool (*finite)(const float*, int64_t);
     void (*row_means)(const float*, int64_t rows, int64_t cols, float*);
+    // Sums of w * (x - y)^2 per block (y null: of w * x^2); w repeats along the row, null is one.
+    void (*block_errors)(const float* x, const float* y, const float* w, int64_t rows, int64_t cols,
+                         int block, double* sums);
 };
 
 struct Isa {

@@ -17,19 +17,6 @@ MCONV_INLINE void requantize_positive(const VF* x, VF d, VF m, const Asymmetric&
         for (int e = 0; e < N; ++e) q[e] = select(keep, stored_level<NMAX>(s, x[e]), q[e]);
 }
 
-// Two-bit planes: per 128 elements, byte l holds elements l, l+32, l+64, l+96 from low to high.
-MCONV_INLINE void put_two_bits(const Lanes& lanes, int offset, const VI* q) {
-    VI words[16];
-    for (int i = 0; i < 16; ++i) {
-        const VI* a = q + (i / 8) * 128 + (i % 8) * 4;
-        VI b[4];
-        for (int k = 0; k < 4; ++k)
-            b[k] = (a[k] & 3) | (a[k + 32] & 3) << 2 | (a[k + 64] & 3) << 4 | (a[k + 96] & 3) << 6;
-        words[i] = word(b[0], b[1], b[2], b[3]);
-    }
-    scatter<16>(lanes, offset, words);
-}
-
 // ---- Q2_K, Q4_K, Q5_K: scales and minima ---------------------------------------------------
 
 // The sub-blocks of a super-block, searched.
@@ -64,7 +51,7 @@ void search_sub_blocks(const Lanes& lanes, const Job& job, const VF* x, Searched
         const VF* xs = x + size * j;
         if (job.weights) {
             VF w[size];
-            error_weights<size>(xs, importance + size * j, mean, w);
+            error_weights<size>(job, xs, importance + size * j, mean, w);
             s.weight[j] = VF{};
             for (int e = 0; e < size; ++e) s.weight[j] += w[e];
             s.found[j] = search_asymmetric<size, top, 36, false>(xs, w, -0.9f, 0.05f);
@@ -96,7 +83,7 @@ MCONV_INLINE void quantize_scales(const Job& job, const Searched<BITS>& s, VI* l
     *dmin = job.weights ? search_positive<count, top>(s.low, s.weight, lm)
                         : round_scales<count, top>(s.low, lm);
     // The reference clamps in these cases only; elsewhere a wrapped level spills into neighbours.
-    if (BITS == 5 || (BITS == 4 && !job.weights)) {
+    if (BITS == 5 || (BITS == 4 && !job.weights) || job.pure) {
         for (int j = 0; j < count; ++j) {
             ls[j] = min(ls[j], splat(top));
             lm[j] = min(lm[j], splat(top));
@@ -256,7 +243,7 @@ inline void encode_q3_k(Job& job) {
         for (int j = 0; job.weights && j < 16; ++j) {
             const VF* xs = x + 16 * j;
             VF w[16];
-            error_weights<16>(xs, importance + 16 * j, mean, w);
+            error_weights<16>(job, xs, importance + 16 * j, mean, w);
             sum_w[j] = VF{};
             for (int e = 0; e < 16; ++e) sum_w[j] += w[e];
             Symmetric s = search_symmetric<16, 4, true>(xs, w);

@@ -12,10 +12,12 @@ MCONV_INLINE VF safe_inverse(VF d) { return select(d != 0.f, 1.f / d, VF{}); }
 // C's (int8_t) of a float after x86 conversion: low byte, sign-extended.
 MCONV_INLINE VI to_int8(VF v) { return truncate(v) << 24 >> 24; }
 
-// weights[e] = importance * sqrt(mean + x*x), the reference's error weights.
+// weights[e] = importance * sqrt(mean + x*x), the reference's error weights, unless the job has
+// its own.
 template <int N>
-MCONV_INLINE void error_weights(const VF* x, const VF* importance, VF mean, VF* w) {
-    for (int e = 0; e < N; ++e) w[e] = importance[e] * sqrt(mean + x[e] * x[e]);
+MCONV_INLINE void error_weights(const Job& job, const VF* x, const VF* importance, VF mean, VF* w) {
+    for (int e = 0; e < N; ++e)
+        w[e] = job.pure ? importance[e] : importance[e] * sqrt(mean + x[e] * x[e]);
 }
 
 // Nibbles: byte j holds elements j (low) and j + 16 (high).
@@ -36,6 +38,19 @@ MCONV_INLINE void put_fifth_bits(const Lanes& lanes, int offset, const VI* q) {
     scatter<1>(lanes, offset, &high);
 }
 
+// Two-bit planes: per 128 elements, byte l holds elements l, l+32, l+64, l+96 from low to high.
+MCONV_INLINE void put_two_bits(const Lanes& lanes, int offset, const VI* q) {
+    VI words[16];
+    for (int i = 0; i < 16; ++i) {
+        const VI* a = q + (i / 8) * 128 + (i % 8) * 4;
+        VI b[4];
+        for (int k = 0; k < 4; ++k)
+            b[k] = (a[k] & 3) | (a[k + 32] & 3) << 2 | (a[k + 64] & 3) << 4 | (a[k + 96] & 3) << 6;
+        words[i] = word(b[0], b[1], b[2], b[3]);
+    }
+    scatter<16>(lanes, offset, words);
+}
+
 template <int BITS>
 void symmetric_block(const Lanes& lanes, Job& job, VI* q, VF* d) {
     constexpr int half = 1 << (BITS - 1);
@@ -45,7 +60,7 @@ void symmetric_block(const Lanes& lanes, Job& job, VI* q, VF* d) {
         VF w[32], mean;
         gather<32>(lanes.weights, w);
         for (int i = 0; i < W; ++i) mean[i] = lanes.row_mean[i];
-        error_weights<32>(x, w, mean, w);
+        error_weights<32>(job, x, w, mean, w);
         Symmetric s = search_symmetric<32, half, true>(x, w);
         for (int e = 0; e < 32; ++e) q[e] = stored_level<half>(s, x[e]);
         *d = s.scale;
@@ -66,7 +81,7 @@ void asymmetric_block(const Lanes& lanes, Job& job, VI* q, VF* d, VF* m) {
         VF w[32], mean;
         gather<32>(lanes.weights, w);
         for (int i = 0; i < W; ++i) mean[i] = lanes.row_mean[i];
-        error_weights<32>(x, w, mean, w);
+        error_weights<32>(job, x, w, mean, w);
         Asymmetric s = search_asymmetric<32, top, 36, false>(x, w, -0.9f, 0.05f);
         for (int e = 0; e < 32; ++e) q[e] = stored_level<top>(s, x[e]);
         *d = s.scale;

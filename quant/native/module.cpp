@@ -22,6 +22,7 @@ using BytesOut = nb::ndarray<uint8_t, nb::c_contig, nb::device::cpu>;
 using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using FloatsOut = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
+using Sums = nb::ndarray<double, nb::shape<3>, nb::c_contig, nb::device::cpu>;
 using Points = nb::ndarray<const uint16_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 static const Isa& choose(const std::optional<std::string>& name) {
@@ -32,7 +33,8 @@ static const Isa& choose(const std::optional<std::string>& name) {
 }
 
 static int quantize(int type, Bytes x, int input, int64_t cols, std::optional<Floats> weights,
-                    BytesOut out, int threads, std::optional<std::string> isa_name) {
+                    BytesOut out, int threads, std::optional<std::string> isa_name, bool best,
+                    std::optional<Sums> sums) {
     const Isa& isa = choose(isa_name);
     const Format* format = find_format(isa, type);
     if (!format && !is_float_type(type)) throw std::invalid_argument("no kernel for this type");
@@ -45,7 +47,7 @@ static int quantize(int type, Bytes x, int input, int64_t cols, std::optional<Fl
         format ? cols / format->block * format->bytes : cols * (type == 0 ? 4 : 2);
     if (int64_t(out.size()) != rows * row_bytes) throw std::invalid_argument("wrong output size");
     Request request = {type, x.data(), input, rows, cols, weights ? weights->data() : nullptr,
-                       out.data(), threads};
+                       out.data(), threads, best && format, sums ? sums->data() : nullptr};
     nb::gil_scoped_release release;
     return encode_rows(isa, request);
 }
@@ -88,7 +90,7 @@ NB_MODULE(_native, m) {
     m.def("has_grid", [](int type) { return !grid_of(type).point.empty(); });
     m.def("quantize", &quantize, nb::arg("type"), nb::arg("x"), nb::arg("input"), nb::arg("cols"),
           nb::arg("weights").none(), nb::arg("out"), nb::arg("threads"),
-          nb::arg("isa") = nb::none());
+          nb::arg("isa") = nb::none(), nb::arg("best") = false, nb::arg("sums") = nb::none());
     m.def("dequantize", &dequantize, nb::arg("type"), nb::arg("data"), nb::arg("out"),
           nb::arg("threads"), nb::arg("isa") = nb::none());
 }

@@ -58,6 +58,71 @@ int cast_chunk(const Casts& cast, int type, int input, const void* from, int64_t
     return kOk;
 }
 
+// One chunk of rows through a block format, with what it needs beside.
+struct Chunk {
+    const Isa& isa;
+    const Format& format;
+    const Request& request;
+    const float* unit;  // [cols] of ones where a search needs weights and there are none
+
+    int encode(const float* x, int64_t rows, uint8_t* out, bool pure) const {
+        Job job = {x, rows, request.cols, request.weights, nullptr, out, false};
+        std::vector<float> means;
+        if (pure) {
+            job.pure = true;
+            if (!job.weights) job.weights = unit;
+        } else if (job.weights && format.wants_row_mean) {
+            means.resize(size_t(rows));
+            isa.casts.row_means(x, rows, request.cols, means.data());
+            job.row_mean = means.data();
+        }
+        (pure && format.full ? format.full : format.encode)(job);
+        return job.overflow ? kOverflow : kOk;
+    }
+
+    // Errors of encoded rows, one per block.
+    std::vector<double> errors(const float* x, int64_t rows, const uint8_t* data) const {
+        const int64_t blocks = rows * request.cols / format.block;
+        std::vector<double> sums(size_t(blocks), 0.0);
+        std::unique_ptr<float[]> y;
+        if (data) {
+            y.reset(new float[size_t(rows * request.cols)]);
+            format.decode(data, blocks, y.get());
+        }
+        isa.casts.block_errors(x, y.get(), request.weights, rows, request.cols, format.block,
+                               sums.data());
+        return sums;
+    }
+
+    // Encode with the wanted care; `sums` gets the chunk's three sums.
+    int run(const float* x, int64_t rows, uint8_t* out, double* sums) const {
+        const int status = encode(x, rows, out, false);
+        if (!request.best && !request.sums) return status;
+        std::vector<double> own = errors(x, rows, out);
+        sums[0] = total(errors(x, rows, nullptr));
+        sums[1] = total(own);
+        if (request.best) {
+            std::vector<uint8_t> other(own.size() * size_t(format.bytes));
+            encode(x, rows, other.data(), true);
+            const std::vector<double> error = errors(x, rows, other.data());
+            for (size_t b = 0; b < own.size(); ++b) {
+                if (!(error[b] < own[b])) continue;
+                own[b] = error[b];
+                std::memcpy(out + b * size_t(format.bytes), &other[b * size_t(format.bytes)],
+                            size_t(format.bytes));
+            }
+        }
+        sums[2] = total(own);
+        return status;
+    }
+
+    static double total(const std::vector<double>& values) {
+        double sum = 0;
+        for (double v : values) sum += v;
+        return sum;
+    }
+};
+
 }  // namespace
 
 std::vector<const Isa*> available() {
@@ -92,6 +157,8 @@ int encode_rows(const Isa& isa, const Request& r) {
     const int64_t step = std::max<int64_t>(1, kChunk / r.cols);
     const bool scratch_needed = r.input != kFloat32;
     const size_t in_row = size_t(r.cols) * (r.input == kFloat32 ? 4 : 2);
+    const std::vector<float> unit(r.best ? size_t(r.cols) : 0, 1.f);
+    std::vector<double> sums(size_t((r.rows + step - 1) / step) * 3, 0.0);
     std::atomic<int> status{kOk};
     parallel((r.rows + step - 1) / step, r.threads, [&](int64_t chunk) {
         thread_local std::unique_ptr<float[]> scratch;
@@ -108,21 +175,14 @@ int encode_rows(const Isa& isa, const Request& r) {
             status |= cast_chunk(isa.casts, r.type, r.input, from, n, out, scratch.get());
             return;
         }
-        Job job = {widen(isa.casts, r.input, from, n, scratch.get()), rows, r.cols, r.weights,
-                   nullptr, out, false};
-        if (!isa.casts.finite(job.x, n)) {
+        const float* x = widen(isa.casts, r.input, from, n, scratch.get());
+        if (!isa.casts.finite(x, n)) {
             status |= kNotFinite;
             return;
         }
-        std::vector<float> means;
-        if (job.weights && format->wants_row_mean) {
-            means.resize(size_t(rows));
-            isa.casts.row_means(job.x, rows, r.cols, means.data());
-            job.row_mean = means.data();
-        }
-        format->encode(job);
-        if (job.overflow) status |= kOverflow;
+        status |= Chunk{isa, *format, r, unit.data()}.run(x, rows, out, &sums[size_t(3 * chunk)]);
     });
+    for (size_t i = 0; r.sums && i < sums.size(); ++i) r.sums[i % 3] += sums[i];
     return status;
 }
 

@@ -19,6 +19,8 @@ struct Request {
     const float* weights;    // [cols] or null
     uint8_t* out;
     int threads;
+    bool best = false;       // per block, ggml's encoding or a full search: what has less error
+    double* sums = nullptr;  // adds up w*x^2, ggml's error, the error of `out` (block types only)
 };
 
 // The instruction sets that were compiled in and run on this processor, best first.

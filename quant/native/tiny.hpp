@@ -68,30 +68,36 @@ inline uint8_t float_to_e4m3(float x) {
     return exponent >= 15 ? 0x7e : uint8_t(exponent << 3 | mantissa);
 }
 
+// Encode 64 elements under four scale codes.
+MCONV_INLINE void put_nvfp4(const Lanes& lanes, const VF* x, const VI* code) {
+    VI words[8], scales = {};
+    for (int s = 0; s < 4; ++s) {
+        VF d;
+        VI q[16];
+        for (int i = 0; i < W; ++i) d[i] = e4m3_to_float(uint8_t(code[s][i]));
+        scales |= code[s] << (8 * s);
+        for (int e = 0; e < 16; ++e) q[e] = select(d == 0.f, VI{}, e2m1_code(x[16 * s + e], d));
+        for (int i = 0; i < 2; ++i) {
+            const VI *a = q + 4 * i, *b = a + 8;
+            words[2 * s + i] = word(a[0] | b[0] << 4, a[1] | b[1] << 4, a[2] | b[2] << 4,
+                                    a[3] | b[3] << 4);
+        }
+    }
+    scatter<1>(lanes, 0, &scales);
+    scatter<8>(lanes, 4, words);
+}
+
 inline void encode_nvfp4(Job& job) {
     for_groups<64, 36>(job, [&](const Lanes& lanes) {
         VF x[64];
-        VI words[8], scales = {};
+        VI code[4];
         gather<64>(lanes.x, x);
         for (int s = 0; s < 4; ++s) {
-            const VF* xs = x + 16 * s;
-            VF amax = {}, d;
-            VI code, q[16];
-            for (int e = 0; e < 16; ++e) amax = max(amax, abs(xs[e]));
-            for (int i = 0; i < W; ++i) {
-                code[i] = float_to_e4m3(amax[i] / 6.f);
-                d[i] = e4m3_to_float(uint8_t(code[i]));
-            }
-            scales |= code << (8 * s);
-            for (int e = 0; e < 16; ++e) q[e] = select(d == 0.f, VI{}, e2m1_code(xs[e], d));
-            for (int i = 0; i < 2; ++i) {
-                const VI *a = q + 4 * i, *b = a + 8;
-                words[2 * s + i] = word(a[0] | b[0] << 4, a[1] | b[1] << 4, a[2] | b[2] << 4,
-                                        a[3] | b[3] << 4);
-            }
+            VF amax = {};
+            for (int e = 16 * s; e < 16 * s + 16; ++e) amax = max(amax, abs(x[e]));
+            for (int i = 0; i < W; ++i) code[s][i] = float_to_e4m3(amax[i] / 6.f);
         }
-        scatter<1>(lanes, 0, &scales);
-        scatter<8>(lanes, 4, words);
+        put_nvfp4(lanes, x, code);
     });
 }
 
@@ -114,31 +120,29 @@ MCONV_INLINE VI trits(const VI* q, int stride) {
     return ((v * 256 + 242) * 17261) >> 22;
 }
 
+MCONV_INLINE void put_trits(const Lanes& lanes, const VI* q) {
+    VI b[52], words[13];
+    for (int m = 0; m < 32; ++m) b[m] = trits<5>(q + m, 32);
+    for (int m = 0; m < 16; ++m) b[32 + m] = trits<5>(q + 160 + m, 16);
+    for (int m = 0; m < 4; ++m) b[48 + m] = trits<4>(q + 240 + m, 4);
+    for (int i = 0; i < 13; ++i)
+        words[i] = word(b[4 * i], b[4 * i + 1], b[4 * i + 2], b[4 * i + 3]);
+    scatter<13>(lanes, 0, words);
+}
+
 inline void encode_tq1_0(Job& job) {
     for_groups<256, 54>(job, [&](const Lanes& lanes) {
-        VI q[256], b[52], words[13];
+        VI q[256];
         ternary_levels(lanes, job, 52, q);
-        for (int m = 0; m < 32; ++m) b[m] = trits<5>(q + m, 32);
-        for (int m = 0; m < 16; ++m) b[32 + m] = trits<5>(q + 160 + m, 16);
-        for (int m = 0; m < 4; ++m) b[48 + m] = trits<4>(q + 240 + m, 4);
-        for (int i = 0; i < 13; ++i)
-            words[i] = word(b[4 * i], b[4 * i + 1], b[4 * i + 2], b[4 * i + 3]);
-        scatter<13>(lanes, 0, words);
+        put_trits(lanes, q);
     });
 }
 
 inline void encode_tq2_0(Job& job) {
     for_groups<256, 66>(job, [&](const Lanes& lanes) {
-        VI q[256], words[16];
+        VI q[256];
         ternary_levels(lanes, job, 64, q);
-        for (int i = 0; i < 16; ++i) {
-            const VI* a = q + (i / 8) * 128 + (i % 8) * 4;
-            VI b[4];
-            for (int k = 0; k < 4; ++k)
-                b[k] = (a[k] & 3) | (a[k + 32] & 3) << 2 | (a[k + 64] & 3) << 4 | (a[k + 96] & 3) << 6;
-            words[i] = word(b[0], b[1], b[2], b[3]);
-        }
-        scatter<16>(lanes, 0, words);
+        put_two_bits(lanes, 0, q);
     });
 }
 
