@@ -50,14 +50,16 @@ def complete_config(config: Config, architecture: Architecture) -> dict[str, Any
             f"config.json: the weights are quantized ({quantized.get('quant_method')}); "
             "dequantize them to 16 bits first, or convert the model they were made from"
         )
-    for key, other in architecture.synonyms.items():
-        if full.get(other) is None and full.get(key) is not None:
-            full[other] = full[key]
     kinds = architecture.defaults
     chosen = kinds.get(str(full.get("model_type")), next(iter(kinds.values()), {}))
     for key, default in chosen.items():
-        if full.get(key) is None:
-            full[key] = default(full) if callable(default) else default
+        if callable(default):
+            full[key] = default(full) if full.get(key) is None else full[key]
+        else:  # null is a value: it says that there is none
+            full.setdefault(key, default)
+    for key, other in architecture.synonyms.items():
+        if full.get(other) is None and full.get(key) is not None:
+            full[other] = full[key]
     for key in ("hidden_size", "num_attention_heads", "vocab_size"):
         _positive(full, (key,))
     _positive(full, LAYERS)
@@ -98,9 +100,6 @@ def _rope(config: Config) -> dict[str, Any]:
     rope = dict(given)
     if "full_attention" in rope or "sliding_attention" in rope:
         return rope
-    local = find(config, _LOCAL_THETA)
-    if local is not None:
-        rope["sliding_attention"] = {"rope_theta": local}
     theta = find(config, _THETA)
     if theta is not None:
         rope.setdefault("rope_theta", theta)
@@ -111,4 +110,8 @@ def _rope(config: Config) -> dict[str, Any]:
     context = config.get("original_max_position_embeddings", config.get("max_position_embeddings"))
     if context is not None and rope["rope_type"] in _STRETCHED:
         rope.setdefault("original_max_position_embeddings", context)
-    return rope
+    local = find(config, _LOCAL_THETA)
+    if local is None:
+        return rope
+    near = {"rope_type": "default", "rope_theta": local}
+    return {"full_attention": rope, "sliding_attention": near}

@@ -63,8 +63,10 @@ def table_lines(architecture: Architecture, config: Config, *, tied: bool) -> li
         ConfigError: the configuration lacks an entry that shapes need.
     """
     sizes = dimensions(architecture, config)
-    lines = []
+    lines: list[Line] = []
     for index, rule in enumerate(architecture.tensors):
+        if not rule.applies(config):
+            continue
         for n in _layers(architecture, config, rule):
             lines += _spelled(rule, n, sizes, index, tied=tied)
     return sorted(lines, key=lambda line: line.order)
@@ -87,6 +89,7 @@ def _spelled(
     # the one optional tensor of most models is the head of those with a tied embedding
     required = not rule.optional or (rule.gguf == "output" and not tied)
     suffixes = [""] if rule.exact else [".weight"] + [".bias"] * (rule.bias != "no")
+    rows = slice(-1, None) if rule.transform == "transpose" else slice(1)
     hf = rule.hf.replace("{n}", str(layer))
     names, place = _expand(hf, sizes, rule)
     for suffix in suffixes:
@@ -95,7 +98,7 @@ def _spelled(
             rule,
             tuple(name + suffix for name in names),
             tuple(name.replace("{n}", str(layer)) + suffix for name in rule.outputs),
-            (shape[:1] if is_bias else shape) if shape else None,
+            (shape[rows] if is_bias else shape) if shape else None,
             required and (not is_bias or rule.bias == "yes"),
             (place if len(names) > 1 or place.endswith(_LAST) else place + suffix, index),
         )

@@ -21,6 +21,7 @@ from ._transforms import TRANSFORMS
 _BUFFERS = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")
 #: The parts of composite models that are no text model.
 _OTHER_PARTS = re.compile(r"(^|\.)(vision_tower|vision_model|multi_modal_projector)\.")
+_HEADS = ("lm_head.", "embed_out.")
 _SHOWN = 12
 _HINTED = 40
 
@@ -135,7 +136,7 @@ def _is_bare(architecture: Architecture, config: Config, names: Iterable[str]) -
 def _table_name(architecture: Architecture, config: Config, name: str, bare: bool) -> str:
     if _class(config) in architecture.composite:
         name = name.replace("language_model.", "")
-    return architecture.prefix + name if bare and not name.startswith("lm_head.") else name
+    return architecture.prefix + name if bare and not name.startswith(_HEADS) else name
 
 
 def _is_ignored(architecture: Architecture, config: Config, name: str, *, tied: bool) -> bool:
@@ -182,7 +183,7 @@ def _missing(chosen: list[Line], found: Mapping[str, LazyTensor], aliases: set[s
 def _unknown(lines: list[Line], chosen: list[Line], found: Mapping[str, LazyTensor]) -> list[str]:
     used = {name for line in chosen for name in line.sources}
     known = {name for line in lines for name in line.sources}
-    out = []
+    out: list[str] = []
     for name in found:
         if name in used:
             continue

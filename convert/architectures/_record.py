@@ -41,6 +41,7 @@ class TensorRule:
         keep_f32: stored as F32 whatever type is asked for.
         exact: the names are whole, no ``.weight`` follows.
         layers: ``dense`` or ``moe``: only in such layers.
+        needs: entry of ``config.json`` that must be set (with a ``!`` before it: must not be).
     """
 
     gguf: str | tuple[str, ...]
@@ -52,6 +53,12 @@ class TensorRule:
     keep_f32: bool = False
     exact: bool = False
     layers: str = ""
+    needs: str = ""
+
+    def applies(self, config: Config) -> bool:
+        """Return whether a model with this configuration may have the tensor."""
+        unset = self.needs.startswith("!")
+        return not self.needs or bool(config.get(self.needs.lstrip("!"))) != unset
 
     @property
     def outputs(self) -> tuple[str, ...]:

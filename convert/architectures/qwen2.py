@@ -6,9 +6,8 @@ Rotary embedding in halves, as Hugging Face has it: nothing is permuted.
 from __future__ import annotations
 
 from ..tokenizers import TokenizerRule
-from ._record import Architecture, TensorRule
-
-_LAYER = "model.layers.{n}"
+from ._blocks import FRAME, NORMS, attention, gated_mlp
+from ._record import Architecture
 
 ARCHITECTURE = Architecture(
     name="qwen2",
@@ -29,18 +28,5 @@ ARCHITECTURE = Architecture(
         },
     },
     tokenizer=TokenizerRule(kinds=("spm", "bpe")),
-    tensors=(
-        TensorRule("token_embd", "model.embed_tokens", ("vocab", "hidden")),
-        TensorRule("output", "lm_head", ("vocab", "hidden"), optional=True),
-        TensorRule("output_norm", "model.norm", ("hidden",)),
-        TensorRule("blk.{n}.attn_norm", f"{_LAYER}.input_layernorm", ("hidden",)),
-        TensorRule("blk.{n}.attn_q", f"{_LAYER}.self_attn.q_proj", ("q", "hidden"), bias="yes"),
-        TensorRule("blk.{n}.attn_k", f"{_LAYER}.self_attn.k_proj", ("kv", "hidden"), bias="yes"),
-        TensorRule("blk.{n}.attn_v", f"{_LAYER}.self_attn.v_proj", ("kv", "hidden"), bias="yes"),
-        TensorRule("blk.{n}.attn_output", f"{_LAYER}.self_attn.o_proj", ("hidden", "q")),
-        TensorRule("blk.{n}.ffn_norm", f"{_LAYER}.post_attention_layernorm", ("hidden",)),
-        TensorRule("blk.{n}.ffn_gate", f"{_LAYER}.mlp.gate_proj", ("ff", "hidden")),
-        TensorRule("blk.{n}.ffn_up", f"{_LAYER}.mlp.up_proj", ("ff", "hidden")),
-        TensorRule("blk.{n}.ffn_down", f"{_LAYER}.mlp.down_proj", ("hidden", "ff")),
-    ),
+    tensors=(*FRAME, *NORMS, *attention(bias="yes", out_bias="no"), *gated_mlp()),
 )

@@ -1,0 +1,64 @@
+"""What Llama has in common with the families derived from it: keys, scaled rope, vocabulary.
+
+Llama 3's rope scaling becomes the ``rope_freqs`` tensor: one divisor per frequency.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+
+from ..gguf.values import KeyValue, u32
+from ..tokenizers import Vocabulary
+from ._config import rope_parameters
+from ._record import Config, head_dim
+
+
+def extra_keys(name: str) -> Callable[[Config], list[KeyValue]]:
+    """Return what gives the keys beyond the common ones, under a GGUF name."""
+
+    def keys(config: Config) -> list[KeyValue]:
+        return [
+            u32(f"{name}.vocab_size", config["vocab_size"]),
+            u32(f"{name}.rope.dimension_count", head_dim(config)),
+        ]
+
+    return keys
+
+
+def rope_freqs(config: Config) -> np.ndarray | None:
+    """Return float32 [head_dim / 2] divisors of the rotary frequencies, for rope type llama3.
+
+    Long wavelengths are divided by ``factor``, short ones not at all, those between smoothly.
+    """
+    rope = rope_parameters(config)
+    if str(rope.get("rope_type")).lower() != "llama3":
+        return None
+    one, dim = np.float32(1), head_dim(config)
+    factor = np.float32(rope.get("factor", 8.0))
+    low, high = rope.get("low_freq_factor", 1.0), rope.get("high_freq_factor", 4.0)
+    context = rope.get("original_max_position_embeddings", 8192)
+    # The reference multiplies by float32 reciprocals; dividing would change the last bit.
+    exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
+    powers = np.power(np.float64(rope.get("rope_theta", 10000.0)), exponents.astype(np.float64))
+    frequencies = one / powers.astype(np.float32)
+    wavelengths = one / frequencies * np.float32(2 * np.pi)
+    smooth = one / wavelengths * np.float32(context) - np.float32(low)
+    with np.errstate(divide="ignore", invalid="ignore"):  # low == high leaves nothing between
+        smooth /= np.float32(high - low)
+        divisors = one / ((one - smooth) / factor + smooth)
+    divisors[wavelengths > np.float32(context / low)] = factor
+    divisors[wavelengths < np.float32(context / high)] = one
+    return divisors
+
+
+def adjust_vocabulary(vocabulary: Vocabulary, config: Config) -> Vocabulary:
+    """Two families are known by their vocabulary size alone: Code Llama and small Granite."""
+    specials, size = vocabulary.specials, config["vocab_size"]
+    if size == 32016 and "eot" not in specials.ids:
+        specials = replace(specials, ids={**specials.ids, "eot": 32010})
+    if size == 49152:
+        specials = replace(specials, add={**specials.add, "bos": False})
+    return replace(vocabulary, specials=specials)
