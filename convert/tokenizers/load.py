@@ -31,10 +31,13 @@ class TokenizerRule:
         kinds: kinds to try, in order.
         space_prefix: write ``add_space_prefix`` when ``tokenizer_config.json`` has
             ``add_prefix_space``.
+        plain_added: tokens added to a SentencePiece model keep their text as it is, and those of
+            ``tokenizer.json`` count too.
     """
 
     kinds: tuple[str, ...] = ("bpe",)
     space_prefix: bool = False
+    plain_added: bool = False
 
 
 def load_vocabulary(
@@ -60,7 +63,7 @@ def load_vocabulary(
         UnsupportedError: a kind of tokenizer that is not read.
     """
     if "spm" in rule.kinds and files.path("tokenizer.model") is not None:
-        vocabulary = _spm(files, config, load_spm(files, vocab_size))
+        vocabulary = _spm(files, config, load_spm(files, vocab_size, plain=rule.plain_added))
     else:
         vocabulary = _from_json(files, rule, config, vocab_size, pre)
     prefix = (files.json("tokenizer_config.json") or {}).get("add_prefix_space")

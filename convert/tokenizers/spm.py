@@ -37,12 +37,14 @@ def looks_special(text: str) -> bool:
     )
 
 
-def load_spm(files: TokenizerFiles, vocab_size: int | None) -> Pieces:
+def load_spm(files: TokenizerFiles, vocab_size: int | None, *, plain: bool = False) -> Pieces:
     """Return tokens, float32 scores and types of a SentencePiece tokenizer.
 
     Args:
         files: the tokenizer's folder, with a ``tokenizer.model``.
         vocab_size: length to pad or cut to (rows of the embedding); None: the model's own.
+        plain: added tokens keep their text and are special only where they say so; those of
+            ``tokenizer.json`` count too.
 
     Raises:
         FormatError: ``tokenizer.model`` is not a SentencePiece model.
@@ -59,7 +61,7 @@ def load_spm(files: TokenizerFiles, vocab_size: int | None) -> Pieces:
     tokens += [f"[PAD{i}]" for i in padding]
     types += [TokenType.UNUSED] * len(padding)
     scores = np.concatenate([scores, np.full(len(padding), UNUSED_SCORE, np.float32)])
-    for index, text, kind in _added(files):
+    for index, text, kind in _added(files, plain=plain):
         if not 0 <= index < size:
             logger.warning("added token %r has id %d beyond the vocabulary, dropped", text, index)
             continue
@@ -91,20 +93,24 @@ def _read_model(path: Path) -> Pieces:
     return [model.IdToPiece(i) for i in ids], scores, [int(kind) for kind in types]
 
 
-def _added(files: TokenizerFiles) -> list[tuple[int, str, int]]:
+def _added(files: TokenizerFiles, *, plain: bool) -> list[tuple[int, str, int]]:
     """Return (id, text, type) of added tokens; the later entry of an id wins."""
     found: list[tuple[int, str, int]] = []
     for text, index in (files.json("added_tokens.json") or {}).items():
         found.append((_id(files, index), text, int(TokenType.USER_DEFINED)))
     settings: Mapping[str, Any] = files.json("tokenizer_config.json") or {}
-    for index, token in (settings.get("added_tokens_decoder") or {}).items():
+    tokens = list((settings.get("added_tokens_decoder") or {}).items())
+    if plain:
+        document: Mapping[str, Any] = files.json("tokenizer.json") or {}
+        tokens += [(token.get("id"), token) for token in document.get("added_tokens") or ()]
+    for index, token in tokens:
         text = token["content"]
-        if token.get("special") or looks_special(text):
+        if token.get("special") or (not plain and looks_special(text)):
             found.append((_id(files, index), text, int(TokenType.CONTROL)))
         else:
             # user-defined tokens are matched against text in which spaces are still spaces
-            plain = text.replace("\u2581", " ")
-            found.append((_id(files, index), plain, int(TokenType.USER_DEFINED)))
+            text = text if plain else text.replace("\u2581", " ")
+            found.append((_id(files, index), text, int(TokenType.USER_DEFINED)))
     return found
 
 
