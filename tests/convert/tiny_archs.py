@@ -1,0 +1,230 @@
+"""Tiny models of every family: what the hub's checkpoints of them look like, with random weights.
+
+``FAMILIES`` says how transformers makes one (``save_family``). ``tests/fixtures/archs.json`` holds
+what that gave (configuration, tensor names and shapes), so that ``write_recorded`` can write the
+same folder with reproducible weights and without transformers.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent))
+import tiny
+
+KEEP = 600
+SPM = "spm"
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a tiny model is made.
+
+    Attributes:
+        base: transformers' class without ``ForCausalLM``.
+        vocab: name of the vocabulary, or SPM.
+        config: changes to the usual sizes; None takes an entry away.
+        written: entries of config.json as the hub has them, where transformers writes others.
+        model: model class, where it is another.
+        base_config: the same for the configuration.
+        tokens: special tokens that the tokenizer must have.
+    """
+
+    base: str
+    vocab: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    written: Mapping[str, Any] = field(default_factory=dict)
+    model: str = ""
+    base_config: str = ""
+    tokens: tuple[str, ...] = ()
+
+
+MLA = {
+    "n_routed_experts": 4,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 24,
+    "num_key_value_heads": 4,
+    "num_hidden_layers": 3,
+}
+FAMILIES: Mapping[str, Family] = {
+    "mixtral": Family("Mixtral", "gpt-2", {"num_local_experts": 12}),
+    "qwen3moe": Family(
+        "Qwen3Moe",
+        "qwen2",
+        {
+            "num_experts": 12,
+            "moe_intermediate_size": 32,
+            "num_experts_per_tok": 3,
+            "head_dim": 32,
+            "norm_topk_prob": True,
+            "hidden_size": 256,
+        },
+    ),
+    "qwen2moe": Family(
+        "Qwen2Moe",
+        "qwen2",
+        {
+            "num_experts": 4,
+            "moe_intermediate_size": 32,
+            "num_experts_per_tok": 2,
+            "shared_expert_intermediate_size": 64,
+        },
+    ),
+    "gemma2": Family("Gemma2", SPM, {"head_dim": 16, "query_pre_attn_scalar": 16}),
+    "gemma3": Family(
+        "Gemma3",
+        SPM,
+        {"head_dim": 16, "num_hidden_layers": 7, "query_pre_attn_scalar": 16, "sliding_window": 32},
+        base_config="Gemma3Text",
+    ),
+    "gemma": Family("Gemma", SPM, {"head_dim": 16}),
+    "phi3": Family("Phi3", SPM, {"sliding_window": 64}),
+    "phi3-long": Family(
+        "Phi3",
+        SPM,
+        {
+            "max_position_embeddings": 512,
+            "original_max_position_embeddings": 256,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "long_factor": [1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0],
+                "short_factor": [1.0, 1.0, 1.0, 1.25, 1.25, 1.5, 1.5, 1.5],
+            },
+        },
+    ),
+    "gpt2": Family(
+        "GPT2",
+        "gpt-2",
+        {
+            "n_embd": 64,
+            "n_layer": 2,
+            "n_head": 4,
+            "n_positions": 128,
+            **dict.fromkeys(SIZES),
+            "bos_token_id": 1,
+        },
+        written={"n_ctx": 128},
+        model="GPT2LMHeadModel",
+    ),
+    "gptneox": Family(
+        "GPTNeoX",
+        "gpt-2",
+        {"num_key_value_heads": None, "pad_token_id": None},
+        written={"rotary_pct": 0.25},
+    ),
+    # llama.cpp knows models without q_lora_rank by their 27 layers
+    "deepseek2": Family(
+        "DeepseekV2", "deepseek-llm", {**MLA, "q_lora_rank": None, "num_hidden_layers": 27}
+    ),
+    "deepseek2-v3": Family(
+        "DeepseekV3",
+        "deepseek-llm",
+        {
+            **MLA,
+            "q_lora_rank": 16,
+            "n_group": 2,
+            "topk_group": 1,
+            "norm_topk_prob": True,
+            "hidden_size": 256,
+            "moe_intermediate_size": 256,
+        },
+        written={"scoring_func": "sigmoid"},
+    ),
+    "gpt-oss": Family(
+        "GptOss",
+        "gpt-2",
+        {
+            "num_local_experts": 4,
+            "head_dim": 32,
+            "num_experts_per_tok": 2,
+            "sliding_window": 32,
+            "hidden_size": 256,
+            "intermediate_size": 256,
+        },
+    ),
+}
+
+
+def vocabulary(folder: Path, data: Path, family: Family) -> int:
+    """Write the tokenizer; return the number of tokens."""
+    if family.vocab == SPM:
+        return tiny.save_spm(data / "llama2-tokenizer.model", folder)
+    size = tiny.save_bpe(data / "vocab" / f"ggml-vocab-{family.vocab}.gguf", folder, KEEP)
+    path = folder / "tokenizer.json"
+    document = json.loads(path.read_text(encoding="utf-8"))
+    for text in family.tokens:
+        plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        document["added_tokens"].append({"id": size, "content": text, "special": True, **plain})
+        size += 1
+    path.write_text(json.dumps(document), encoding="utf-8")
+    return size
+
+
+def save_family(name: str, folder: Path, data: Path, **changes: Any) -> Any:
+    """Make a random model with transformers, save it with its tokenizer, return it."""
+    import torch
+    import transformers
+
+    family = FAMILIES[name]
+    size = vocabulary(folder, data, family)
+    settings = {**SIZES, "vocab_size": size, **family.config, **changes}
+    settings = {k: v for k, v in settings.items() if v is not None or k == "q_lora_rank"}
+    config = getattr(transformers, f"{family.base_config or family.base}Config")(**settings)
+    torch.manual_seed(7)
+    model = getattr(transformers, family.model or f"{family.base}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():  # norms and biases are constant at birth
+            spread = 0.2 if weight.ndim == 1 else 0.15
+            weight.add_(torch.randn(weight.shape) * spread)
+    model.save_pretrained(folder)
+    path = folder / "config.json"
+    written = {**json.loads(path.read_text()), **family.written}
+    path.write_text(json.dumps({k: v for k, v in written.items() if v is not ...}))
+    return model
+
+
+_DTYPES = {"F32": np.float32, "BF16": ml_dtypes.bfloat16}
+
+
+def write_recorded(record: Mapping[str, Any], folder: Path, data: Path, name: str) -> None:
+    """Write a recorded model folder, all weights in BF16 but those recorded as F32.
+
+    The weights are made of exact arithmetic on raw random bits.
+    """
+    from safetensors.numpy import save_file
+
+    vocabulary(folder, data, FAMILIES[name])
+    (folder / "config.json").write_text(json.dumps(record["config"]))
+    bits = np.random.PCG64(5)
+    weights = {}
+    for hf, (kind, shape) in record["tensors"].items():
+        raw = bits.random_raw(int(np.prod(shape))) >> np.uint64(44)
+        values = raw.astype(np.float32).reshape(shape) * np.float32(2**-19) - np.float32(1)
+        weights[hf] = values.astype(_DTYPES[kind])
+    save_file(weights, folder / "model.safetensors")
