@@ -17,6 +17,7 @@ _PUBLIC = {
     "Layout": ".shardio",
     "MconvError": ".errors",
     "reshard": ".convert.reshard",
+    "roundtrip": ".convert.roundtrip",
     "to_gguf": ".convert.to_gguf",
     "diff": ".convert.diff",
 }
@@ -24,6 +25,7 @@ _PUBLIC = {
 if TYPE_CHECKING:
     from .convert.diff import diff
     from .convert.reshard import reshard
+    from .convert.roundtrip import roundtrip
     from .convert.to_gguf import to_gguf
     from .errors import MconvError
     from .shardio import Checkpoint, Layout, LazyTensor, open_checkpoint
@@ -37,6 +39,7 @@ __all__ = [
     "diff",
     "open_checkpoint",
     "reshard",
+    "roundtrip",
     "to_gguf",
 ]
 

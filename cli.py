@@ -22,6 +22,7 @@ _COMMANDS = {
     "reshard": "Merge or reshard a checkpoint into another layout.",
     "to-gguf": "Convert a checkpoint of any layout to GGUF.",
     "quantize": "Quantize a GGUF model to one or several types.",
+    "roundtrip": "Prove that a chain of conversions loses nothing.",
     "diff": "Compare two checkpoints of any formats, tensor by tensor.",
 }
 

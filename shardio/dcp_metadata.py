@@ -190,9 +190,8 @@ class _Parser:
         planner = root.fields.get("planner_data")
         paths = planner if type(planner) is dict else {}
         paths = {k: v for k, v in paths.items() if type(k) is str and _is_path(v)}
-        place = {
-            k: i for i, k in enumerate(paths)
-        }  # ranks' plans are joined, the model's order lost
+        # the plans of the ranks are joined, which loses the model's order; paths keep it
+        place = {k: i for i, k in enumerate(paths)}
         tensors = {k: tensors[k] for k in sorted(tensors, key=lambda k: place.get(k, len(place)))}
         version = root.fields.get("version")
         return DcpMetadata(

@@ -156,7 +156,8 @@ def tie_by_config(
     tied: Mapping[str, str],
     replicas: Mapping[str, tuple[LazyTensor, ...]],
 ) -> tuple[dict[str, LazyTensor], dict[str, str], dict[str, tuple[LazyTensor, ...]]]:
-    """Where the config ties the head to the embedding and both are there, make one a replica.
+    """Where the config ties the head to the embedding, name the tie; a head that is there becomes a
+    replica.
 
     Whether they are equal is checked when the replicas are compared.
     """
@@ -167,6 +168,8 @@ def tie_by_config(
         head = kept.pop(_HEAD)
         ties[_HEAD] = owner
         copies[owner] = (*copies.get(owner, ()), head, *copies.pop(_HEAD, ()))
+    elif says_tied and owner in _EMBEDDINGS[:2] and _HEAD not in kept:
+        ties.setdefault(_HEAD, owner)
     return kept, ties, copies
 
 

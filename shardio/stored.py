@@ -63,6 +63,17 @@ def plain(value: object) -> Any:
     return _Plain().convert(value, 0)
 
 
+def is_whole(value: object) -> bool:
+    """Whether a value that ``plain`` made is all there: no text that stands for something lost."""
+    if isinstance(value, Mapping):
+        return all(isinstance(k, (str, int)) and is_whole(v) for k, v in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(is_whole(v) for v in value)
+    if isinstance(value, str):
+        return not value.startswith("<")
+    return value is None or isinstance(value, (bool, int, float))
+
+
 class _Plain:
     """One conversion; counts what it made so that shared substructures cannot explode."""
 

@@ -18,6 +18,7 @@ from .. import dtypes
 from ..checkpoint import Checkpoint
 from ..layout import Layout
 from ..pickle_write import Instance, Name
+from ..stored import is_whole
 from ..training_state import TrainingState, training_state
 
 VERSION = "0.19.8"  # whose files these are
@@ -28,7 +29,6 @@ _DYNAMIC = {
     "scale_factor": 2.0, "scale_window": 1000, "min_scale": 1, "delayed_shift": 2,
     "cur_hysteresis": 2, "consecutive_hysteresis": False, "raise_error_at_min_scale": True,
 }  # fmt: skip
-_LOST = "<"  # readers put '<tensor ...>' and the like where a value could not be kept
 
 
 @dataclass(slots=True)
@@ -131,7 +131,7 @@ def _training_dtype(ckpt: Checkpoint, layout: Layout, training: TrainingState) -
 def _config(ckpt: Checkpoint, stage: int, dtype: np.dtype, notes: list[str]) -> dict[str, Any]:
     """The source's ds_config with the stage and precision of what is written."""
     saved = ckpt.args.get("ds_config")
-    config = {k: v for k, v in saved.items() if _kept(v)} if isinstance(saved, Mapping) else {}
+    config = {k: v for k, v in saved.items() if is_whole(v)} if isinstance(saved, Mapping) else {}
     old = config.get("zero_optimization")
     zero: dict[str, Any] = {"stage": stage}
     if isinstance(old, Mapping):
@@ -150,7 +150,7 @@ def _config(ckpt: Checkpoint, stage: int, dtype: np.dtype, notes: list[str]) -> 
 
 def _schedule(source: Source) -> dict[str, Any]:
     saved = source.ckpt.scalars.get("lr_scheduler")
-    if isinstance(saved, Mapping) and saved and _kept(saved):
+    if isinstance(saved, Mapping) and saved and is_whole(saved):
         return dict(saved)
     if source.step and source.training.states:
         source.note(
@@ -165,7 +165,7 @@ def _client_state(source: Source, taken: set[str]) -> dict[str, Any]:
     saved = source.ckpt.args.get("client_state")
     if not isinstance(saved, Mapping):
         return {}
-    kept = {k: v for k, v in saved.items() if isinstance(k, str) and _kept(v) and k not in taken}
+    kept = {k: v for k, v in saved.items() if isinstance(k, str) and is_whole(v) and k not in taken}
     lost = sorted(str(k) for k in saved if k not in kept)
     if lost:
         source.note(
@@ -186,14 +186,3 @@ def _loss_scaler(source: Source) -> Instance:
         source.note("the source has no fp16 loss scale: it starts at 65536 again")
     state = {key: known.get(key, default) for key, default in _DYNAMIC.items()}
     return Instance(Name(_SCALER, "DynamicLossScaler"), state | {"dtype": dtypes.FLOAT16})
-
-
-def _kept(value: Any) -> bool:
-    """Whether a value came through reading whole."""
-    if isinstance(value, Mapping):
-        return all(_kept(v) for v in value.values())
-    if isinstance(value, (list, tuple)):
-        return all(_kept(v) for v in value)
-    if isinstance(value, str):
-        return not value.startswith(_LOST)
-    return value is None or isinstance(value, (bool, int, float))

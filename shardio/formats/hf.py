@@ -30,6 +30,7 @@ from ..state_checkpoint import as_lazy, model_files, shared_storages, tie_by_con
 from ..state_tree import Leaf, examine
 from ..tensor import LazyTensor
 from ..torchfile import open_torch_file
+from ..training_file import read_training_file
 
 _THREADS = 8
 _PACKED = "float4_e2m1fn"
@@ -83,15 +84,17 @@ def open_hf(root: Path, options: OpenOptions) -> Checkpoint:
         tied,
         {names[n]: c for n, c in replicas.items()},
     )
+    step, scalars, args = read_training_file(folder)
     return Checkpoint(
         path=root,
         format="hf",
         version=_version(config),
         weights=lazies,
         optimizer=_optimizer(folder, lazies, notes),
-        step=_trainer_step(folder),
+        step=step if step is not None else _trainer_step(folder),
+        scalars=scalars,
         config=config,
-        args=_params(folder) if files.stem.startswith("consolidated") else {},
+        args=_params(folder) if files.stem.startswith("consolidated") else args,
         layout=Layout(format="hf"),
         replicas=copies,
         tied=tied,

@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from ..source import FileSource
 from ..state_checkpoint import build_checkpoint
 from ..state_tree import examine, guess_paths, nest
 from ..tensor import LazyTensor
+from ..training_file import read_training_file
 
 _PIECE = re.compile(r"^shard-(\d+)-model-(\d+)-of-(\d+)\.safetensors$")
 _SHARDING_INFO = "DCP_SHARDING_INFO"
@@ -82,6 +84,9 @@ def open_hf_dcp(root: Path, options: OpenOptions) -> Checkpoint:
     for state, states in checkpoint.optimizer.items():
         prove(states, f"{root}: optimizer state {state}")
     _check_config(root, checkpoint.weights, checkpoint.config)
+    step, scalars, args = read_training_file(root)
+    if scalars or step is not None:
+        checkpoint = replace(checkpoint, step=step, scalars=scalars, args=args)
     return checkpoint
 
 

@@ -4,16 +4,15 @@ schedules that pass through as plain data.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from ...errors import LayoutError
 from ..checkpoint import Checkpoint
 from ..layout import Layout
 from ..safetensors_plan import plan_copies, plan_json
+from ..stored import is_whole
 from ..stream import OutFile
 
-_LOST = "<"  # readers put '<tensor ...>' and the like where a value could not be kept
 _NOT_SCHEDULES = ("param_groups", "optimizer_steps", "loss_scaler", "clip_grad")
 
 
@@ -41,15 +40,4 @@ def assets(ckpt: Checkpoint) -> list[OutFile]:
 def schedules(ckpt: Checkpoint) -> dict[str, Any]:
     """Learning-rate schedules and the like from the source, as plain data."""
     found = {k: v for k, v in ckpt.scalars.items() if k not in _NOT_SCHEDULES}
-    return {k: v for k, v in found.items() if is_plain(v)}
-
-
-def is_plain(value: Any) -> bool:
-    """Whether a value came through reading whole: no placeholder of something lost in it."""
-    if isinstance(value, Mapping):
-        return all(isinstance(k, (str, int)) and is_plain(v) for k, v in value.items())
-    if isinstance(value, (list, tuple)):
-        return all(is_plain(v) for v in value)
-    if isinstance(value, str):
-        return not value.startswith(_LOST)
-    return value is None or isinstance(value, (bool, int, float, bytes))
+    return {k: v for k, v in found.items() if is_whole(v)}

@@ -2,7 +2,7 @@
 
 ``model*.safetensors`` with an index, ``config.json`` that agrees with the weights, the tokenizer
 files as they were, and the optimizer as ``optimizer*.safetensors`` with keys
-``<state>.<weight name>``.
+``<state>.<weight name>`` and ``training_state.json``.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from ..checkpoint import Checkpoint
 from ..layout import Layout
 from ..safetensors_plan import DEFAULT_SHARD, plan_copies, plan_json, plan_tensors
 from ..tensor import LazyTensor
+from ..training_file import plan_training_file
 from . import Planned, Writer
 
 _HEADS = ("lm_head.weight",)
@@ -29,6 +30,7 @@ def plan(ckpt: Checkpoint, layout: Layout) -> Planned:
     states = {f"{state}.{n}": t for state, part in ckpt.optimizer.items() for n, t in part.items()}
     if states:
         files += plan_tensors("optimizer", states, limit)
+        files.append(plan_training_file(ckpt))
     if ckpt.config is not None:
         files.append(plan_json("config.json", _config(ckpt, tensors)))
     else:

@@ -3,7 +3,8 @@
 One ``shard-<rank>-model-00001-of-00001.safetensors`` per rank of a dp x tp mesh, each with the
 places of its pieces in ``DCP_SHARDING_INFO``; torch reads and consolidates them. Source:
 ``torch/distributed/checkpoint/{hf_storage,_hf_utils}.py``. The form is meant for weights; optimizer
-states that are asked for lie beside them as ``optim.state.<name>.<state>``.
+states that are asked for lie among them as ``optim.state.<name>.<state>``, the rest of the
+optimizer in ``training_state.json``.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from ..payload import BytesPayload, Payload, TensorPayload
 from ..safetensors_header import build_header
 from ..stream import OutFile
 from ..tensor import LazyTensor
+from ..training_file import plan_training_file
 from ..training_state import full_precision, training_state, with_aliases
 from . import Planned, Writer
 from ._common import assets, only_axes
@@ -29,18 +31,18 @@ def plan(ckpt: Checkpoint, layout: Layout) -> Planned:
     only_axes(layout, "dp", "tp")
     weights = with_aliases(full_precision(ckpt, layout), ckpt.tied)
     tensors = {name: (name, t) for name, t in weights.items()}
-    notes: list[str] = []
+    extra = assets(ckpt)
     if ckpt.optimizer:
         for state, states in training_state(ckpt).states.items():
             tensors |= {f"optim.state.{n}.{state}": (n, t) for n, t in states.items()}
-        notes.append("step and hyper-parameters are not written: the format holds tensors only")
+        extra.append(plan_training_file(ckpt))
     ranks: dict[int, list[Piece]] = {}
     for turn, (key, (name, tensor)) in enumerate(tensors.items()):
         for cell in cells(name, tensor.shape, tp=layout.tp, dp=layout.dp, turn=turn):
             region = [slice(a, b) for a, b in zip(cell.lo, cell.hi, strict=True)]
             ranks.setdefault(cell.rank, []).append((key, cell.lo, tensor.slice(region)))
     files = [_file(rank, pieces) for rank, pieces in sorted(_dense(ranks).items())]
-    return Planned((*files, *assets(ckpt)), tuple(notes))
+    return Planned((*files, *extra))
 
 
 def _dense(ranks: dict[int, list[Piece]]) -> dict[int, list[Piece]]:
