@@ -23,6 +23,7 @@ def command(
     tensors: bool | None,
     config: str | None,
     source_format: str | None,
+    adapter: str | None,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -33,7 +34,9 @@ def command(
     from ..shardio import open_checkpoint
     from ..shardio.report import inspect_checkpoint
 
-    report = inspect_checkpoint(open_checkpoint(path, format=source_format, config=config))
+    report = inspect_checkpoint(
+        open_checkpoint(path, format=source_format, config=config, adapter=adapter)
+    )
     if as_json:
         show_json({**asdict(report), "whole": report.whole})
     elif not quiet:

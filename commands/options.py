@@ -40,7 +40,10 @@ class Size(click.ParamType):
 
 
 def source_options(fn: F) -> F:
-    """Options about opening the source."""
+    """Options about opening the source: ``source_format``, ``config`` and ``adapter``."""
+    fn = click.option(
+        "--adapter", type=click.Path(exists=True), help="PEFT adapter folder to be merged in."
+    )(fn)
     fn = click.option(
         "--config",
         type=click.Path(exists=True),

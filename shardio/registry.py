@@ -80,7 +80,11 @@ def get_format(name: str) -> Format:
 
 
 def open_checkpoint(
-    path: str | Path, *, format: str | None = None, config: str | Path | None = None
+    path: str | Path,
+    *,
+    format: str | None = None,
+    config: str | Path | None = None,
+    adapter: str | Path | None = None,
 ) -> Checkpoint:
     """Open any checkpoint. Reads metadata only; tensors are read when asked for.
 
@@ -88,10 +92,12 @@ def open_checkpoint(
         path: the checkpoint folder, a folder one level above or below it, or one of its files.
         format: name of the format when it shall not be found out.
         config: a config.json or a model folder, for checkpoints that carry none.
+        adapter: folder of a PEFT adapter to be merged in.
 
     Raises:
         FormatError: nothing readable there, or a checkpoint that is broken or incomplete.
         ConfigError: unknown format name, unreadable config.
+        UnsupportedError: a kind of data or adapter that mconv does not handle.
     """
     start = Path(path)
     options = OpenOptions(config=Path(config) if config is not None else None)
@@ -102,6 +108,10 @@ def open_checkpoint(
         with collection_paused():
             found = _in_its_world(fmt.open(root, options))
         _check_holds(start, root, found)
+        if adapter is not None:
+            from .peft import merge_adapter
+
+            found = merge_adapter(found, Path(adapter))
     except OSError as e:  # links in a circle, no permission, names that are too long
         raise FormatError(f"{e.filename or start}: cannot be read ({e.strerror})") from e
     return found
