@@ -19,7 +19,7 @@ from .options import (
     show_json,
     warn,
 )
-from .recipe_options import Asked, recipe_options
+from .recipe_options import Asked, error_json, recipe_options, show_errors
 
 if TYPE_CHECKING:
     from ..convert.quantize import OutputReport, QuantizeReport
@@ -127,6 +127,7 @@ def _as_json(report: QuantizeReport, seconds: float, dry_run: bool) -> dict[str,
                         "type": t.type.name,
                         "bytes": t.nbytes,
                         "note": t.note,
+                        **error_json(t),
                     }
                     for t in one.tensors
                 ],
@@ -151,6 +152,7 @@ def _show(report: QuantizeReport, seconds: float, dry_run: bool) -> None:
             f"{verb} {name}: {one.target}, {human(one.data_bytes)}, {one.bpw:.2f} bits per weight "
             f"(was {human(report.source_bytes)}, {report.source_bpw:.2f})"
         )
+        show_errors(one.tensors)
     if not dry_run:
         click.echo(f"in {seconds:.1f} s")
 

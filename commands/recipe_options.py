@@ -1,10 +1,11 @@
-"""Options that ``quantize`` and ``to-gguf`` share: types, importance, metadata, splitting."""
+"""What ``quantize`` and ``to-gguf`` share: options about types and metadata; error reports."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
@@ -12,6 +13,7 @@ from .options import F, Size
 
 if TYPE_CHECKING:
     from ..convert.quantize import QuantizeOptions
+    from ..quant import ErrorSums, GgmlType
 
 _OPTIONS = (
     click.option(
@@ -53,6 +55,17 @@ _OPTIONS = (
         metavar="KEY=TYPE:VALUE",
         help="Set metadata; TYPE is int, float, bool or str; repeatable.",
     ),
+    click.option(
+        "--best",
+        is_flag=True,
+        help="Search for less error than llama-quantize leaves, in the same types and sizes.",
+    ),
+    click.option(
+        "--report",
+        "measure",
+        is_flag=True,
+        help="Report the relative error of each quantized tensor; with --best, both ways.",
+    ),
     click.option("--max-shard-size", type=Size(), help="Split outputs into files of this size."),
 )
 
@@ -78,6 +91,8 @@ class Asked:
     include_weights: tuple[str, ...]
     exclude_weights: tuple[str, ...]
     override_kv: tuple[str, ...]
+    best: bool
+    measure: bool
     max_shard_size: int | None
 
     def options(self) -> QuantizeOptions:
@@ -102,4 +117,48 @@ class Asked:
             exclude_weights=self.exclude_weights,
             override_kv=self.override_kv,
             max_shard_size=self.max_shard_size,
+            best=self.best,
+            measure=self.measure,
         )
+
+
+class Measured(Protocol):
+    """A planned tensor, as both commands report it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def type(self) -> GgmlType: ...
+    @property
+    def errors(self) -> ErrorSums | None: ...
+
+
+def error_json(tensor: Measured) -> dict[str, Any]:
+    """The error of a tensor as JSON members; none where it was not measured."""
+    if tensor.errors is None or not tensor.errors.squares:
+        return {}
+    return {
+        "relative_rmse": round(tensor.errors.chosen_rmse, 6),
+        "relative_rmse_default": round(tensor.errors.default_rmse, 6),
+    }
+
+
+def show_errors(tensors: Sequence[Measured]) -> None:
+    """Print the errors of measured tensors and of all together."""
+    measured = [(t, t.errors) for t in tensors if t.errors is not None and t.errors.squares]
+    if not measured:
+        return
+    from ..quant import ErrorSums
+
+    every, width = ErrorSums(), max(len(t.name) for t, _ in measured)
+    click.echo(f"  {'relative error':<{width}}  {'type':<8}  default  written")
+    for tensor, errors in measured:
+        every.add((errors.squares, errors.default, errors.chosen))
+        _error_line(tensor.name, width, tensor.type.name, errors)
+    _error_line("all", width, "", every)
+
+
+def _error_line(name: str, width: int, kind: str, errors: ErrorSums) -> None:
+    click.echo(
+        f"  {name:<{width}}  {kind:<8}  {errors.default_rmse:7.5f}  {errors.chosen_rmse:7.5f}"
+    )

@@ -20,7 +20,7 @@ from .options import (
     source_options,
     warn,
 )
-from .recipe_options import Asked, recipe_options
+from .recipe_options import Asked, error_json, recipe_options, show_errors
 
 if TYPE_CHECKING:
     from ..convert.to_gguf import GgufReport
@@ -115,6 +115,7 @@ def _show(
             f"{verb} {name}{rest}: {one.architecture} {one.type}, {len(one.tensors)} tensors, "
             f"{human(one.nbytes)} in {seconds:.1f} s"
         )
+        show_errors(one.tensors)
 
 
 def _as_json(report: GgufReport) -> dict[str, Any]:
@@ -124,7 +125,8 @@ def _as_json(report: GgufReport) -> dict[str, Any]:
         "type": report.type,
         "nbytes": report.nbytes,
         "tensors": [
-            {"name": t.name, "type": t.type.name, "shape": t.shape} for t in report.tensors
+            {"name": t.name, "type": t.type.name, "shape": t.shape, **error_json(t)}
+            for t in report.tensors
         ],
         "warnings": report.warnings,
         "files": report.files,

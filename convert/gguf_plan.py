@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from ..errors import ConfigError, QuantError, did_you_mean
-from ..quant import GgmlType, quantize, type_by_name
+from ..quant import ErrorSums, GgmlType, quantize, type_by_name
 from ..quant.recipes import ALIASES, TARGETS, ModelFacts, RecipeOptions, Target, parse_target
 from ..shardio.payload import EncodedPayload, Payload, TensorPayload
 from ..shardio.tensor import LazyTensor
@@ -24,6 +24,8 @@ from .gguf import TensorSpec
 from .gguf.files import OutTensor
 from .imatrix import ImportanceMatrix
 from .quant_plan import (
+    ORDINARY,
+    Care,
     SourceTensor,
     TargetPlan,
     plan_targets,
@@ -42,7 +44,10 @@ _PLAIN: Mapping[str, np.dtype] = {"F32": _FLOAT32, "F16": _FLOAT16, "BF16": _BFL
 
 @dataclass(frozen=True, slots=True)
 class PlannedTensor:
-    """One tensor of the output. ``source`` is its Hugging Face name, ``shape`` row-major."""
+    """One tensor of the output: ``source`` is its Hugging Face name, ``shape`` row-major.
+
+    ``errors`` are filled while the tensor is written, where they were asked for.
+    """
 
     name: str
     source: str
@@ -50,6 +55,7 @@ class PlannedTensor:
     type: GgmlType
     nbytes: int
     tensor: LazyTensor
+    errors: ErrorSums | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,26 +109,36 @@ def plan_outputs(
     facts: ModelFacts,
     recipe: RecipeOptions,
     matrix: ImportanceMatrix | None,
+    care: Care = ORDINARY,
 ) -> list[Output]:
     """Plan one output per type.
 
     Args:
         mapped: the model's tensors.
-        types: plain types, or mixes; a mix is also made of a plain type when ``recipe`` or
-            ``matrix`` change what it means.
+        types: plain types, or mixes; a mix is also made of a plain type when another option
+            changes what it means.
         facts: what the recipes ask about the model.
         recipe: changes to the mixes.
         matrix: measured importance.
+        care: least error, and its report.
 
     Raises:
         QuantError: a mix needs an importance matrix, or an option does not fit a tensor.
     """
     changed = recipe != RecipeOptions() or matrix is not None
-    wanted = [parse_target(t.name) if changed else t for t in types]
+    wanted = [
+        parse_target(t.name)
+        if changed or (care != ORDINARY and isinstance(t, GgmlType) and t.is_quantized)
+        else t
+        for t in types
+    ]
     native = native_type(mapped)
     sources = [SourceTensor(m.name, m.name, _choose(m, native), m.tensor) for m in mapped]
     mixes = [t for t in wanted if isinstance(t, Target)]
-    plans = iter(plan_targets(sources, mixes, facts, recipe, matrix) if mixes else ())
+    planned: list[TargetPlan] = []
+    if mixes:
+        planned = plan_targets(sources, mixes, facts, recipe, matrix, care=care)
+    plans = iter(planned)
     outputs = []
     for kind in wanted:
         if isinstance(kind, Target):
@@ -142,7 +158,9 @@ def _mixed(plan: TargetPlan, mapped: Sequence[MappedTensor], warnings: tuple[str
     require_importance(plan)
     by_name = {m.name: m for m in mapped}
     tensors = [
-        PlannedTensor(t.name, by_name[t.name].hf, t.shape, t.type, t.nbytes, by_name[t.name].tensor)
+        PlannedTensor(
+            t.name, by_name[t.name].hf, t.shape, t.type, t.nbytes, by_name[t.name].tensor, t.errors
+        )
         for t in plan.tensors
     ]
     return Output(plan.target.name, tensors, list(plan.out), plan, warnings)

@@ -13,7 +13,7 @@ from math import prod
 import numpy as np
 
 from ..errors import QuantError
-from ..quant import GgmlType
+from ..quant import ErrorSums, GgmlType
 from ..quant.recipes import (
     Choice,
     ModelFacts,
@@ -61,6 +61,23 @@ class SourceTensor:
 
 
 @dataclass(frozen=True, slots=True)
+class Care:
+    """How blocks are encoded.
+
+    Attributes:
+        best: search for less error than llama-quantize leaves.
+        measure: add up the errors of every tensor that is quantized.
+    """
+
+    best: bool = False
+    measure: bool = False
+
+
+ORDINARY = Care()
+"""llama-quantize's bytes, no report."""
+
+
+@dataclass(frozen=True, slots=True)
 class PlannedTensor:
     """A tensor of one output.
 
@@ -70,6 +87,7 @@ class PlannedTensor:
         source_type, type: before and after.
         nbytes: bytes in the output.
         note: why the type is not the mix's own, or empty.
+        errors: the quantization errors, filled while the tensor is written, if asked for.
     """
 
     name: str
@@ -78,6 +96,7 @@ class PlannedTensor:
     type: GgmlType
     nbytes: int
     note: str
+    errors: ErrorSums | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +133,7 @@ def plan_targets(
     options: RecipeOptions,
     importance: ImportanceMatrix | None = None,
     *,
+    care: Care = ORDINARY,
     allow_requantize: bool = False,
 ) -> list[TargetPlan]:
     """Plan one output per target.
@@ -124,6 +144,7 @@ def plan_targets(
         facts: about the model.
         options: the user's changes to the recipes.
         importance: measured importance.
+        care: least error, and its report.
         allow_requantize: whether blocks may be decoded and encoded as other blocks.
 
     Raises:
@@ -139,7 +160,8 @@ def plan_targets(
             _refuse_requantizing(choices, by_name, target)
     columns = []
     for row in zip(*chosen, strict=True):  # the choices for one tensor
-        columns.append(_plan_tensor(by_name[row[0].name], row, targets, importance))
+        source = by_name[row[0].name]
+        columns.append(_plan_tensor(source, row, targets, importance, care))
     plans = []
     for k, (target, choices) in enumerate(zip(targets, chosen, strict=True)):
         changed = [c for c in choices if c.type != by_name[c.name].type]
@@ -242,6 +264,7 @@ def _plan_tensor(
     choices: Sequence[Choice],
     targets: Sequence[Target],
     importance: ImportanceMatrix | None,
+    care: Care,
 ) -> list[tuple[PlannedTensor, Payload]]:
     """Plan one tensor for all targets: (description, payload) each."""
     payloads: list[Payload | None] = []
@@ -254,10 +277,16 @@ def _plan_tensor(
             payloads.append(copied(source.stored))
             continue
         if kind.name not in wanted:
-            wanted[kind.name] = Encoding(kind, _importance(source, kind, importance))
+            errors = ErrorSums() if care.measure and kind.is_quantized else None
+            weights = _importance(source, kind, importance)
+            wanted[kind.name] = Encoding(kind, weights, care.best, errors)
         encodings.append(wanted[kind.name])
         payloads.append(None)
     made = iter(encoded(source.values, source.origin, encodings) if encodings else ())
+    measured = [
+        None if payload else wanted[choice.type.name].errors
+        for payload, choice in zip(payloads, choices, strict=True)
+    ]
     done = [payload or next(made) for payload in payloads]
     return [
         (
@@ -268,10 +297,11 @@ def _plan_tensor(
                 choice.type,
                 payload.nbytes,
                 choice.note,
+                errors,
             ),
             payload,
         )
-        for choice, payload in zip(choices, done, strict=True)
+        for choice, payload, errors in zip(choices, done, measured, strict=True)
     ]
 
 

@@ -25,6 +25,7 @@ from .gguf.tensors import GgufTensors
 from .gguf.values import string, u32
 from .imatrix import ImportanceMatrix, read_imatrix
 from .quant_plan import (
+    Care,
     PlannedTensor,
     SourceTensor,
     TargetPlan,
@@ -51,6 +52,8 @@ class QuantizeOptions:
         prune_layers: layers to leave out.
         max_shard_size: bytes of tensor data per output file.
         keep_split: cut the output like the (split) source.
+        best: search for less error in the same types; the bytes are not llama-quantize's.
+        measure: report the errors of quantized tensors.
     """
 
     recipe: RecipeOptions = field(default_factory=RecipeOptions)
@@ -62,6 +65,8 @@ class QuantizeOptions:
     prune_layers: tuple[int, ...] = ()
     max_shard_size: int | None = None
     keep_split: bool = False
+    best: bool = False
+    measure: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,6 +248,7 @@ class _Run:
             options.recipe,
             matrix,
             allow_requantize=options.allow_requantize,
+            care=Care(options.best, options.measure),
         )
         return cls(
             file, entries, facts.architecture, pruning, matrix, options, sources, plans,
@@ -349,7 +355,7 @@ def _fingerprint(files: Sequence[OutFile], file: GgufFile, options: QuantizeOpti
         assert isinstance(header, BytesPayload)
         digest.update(header.data)
     paths = [*file.paths, *([Path(options.imatrix)] if options.imatrix else [])]
-    return fingerprint(files, paths, json.dumps([digest.hexdigest()]))
+    return fingerprint(files, paths, json.dumps([digest.hexdigest(), options.best]))
 
 
 def _unique(targets: Sequence[Target]) -> list[Target]:

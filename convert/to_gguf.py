@@ -42,6 +42,7 @@ from .gguf_plan import (
 )
 from .imatrix import ImportanceMatrix
 from .prepare import prepare
+from .quant_plan import Care
 from .quantize import QuantizeOptions, chosen_matrix, output_names, quantized_metadata
 from .reshard import opened
 from .tokenizers import find_tokenizer, load_vocabulary, vocabulary_entries
@@ -163,7 +164,8 @@ def _plan(
     model = _Model(ckpt, architecture, config, mapped, words, name)
     matrix = chosen_matrix(options)
     facts = model_facts(model.entries(0))
-    outputs = plan_outputs(mapped, types, facts, options.recipe, matrix)
+    care = Care(options.best, options.measure)
+    outputs = plan_outputs(mapped, types, facts, options.recipe, matrix, care)
     folder, names = out.parent, [out.name]
     if len(types) > 1 or "{type}" in out.name:
         folder, names = output_names(model.folder.name, out, [one.type for one in outputs])
@@ -253,7 +255,7 @@ def _fingerprint(
         header = file.parts[0][1]
         assert isinstance(header, BytesPayload)
         headers.append(hashlib.sha256(header.data).hexdigest())
-    return fingerprint(files, sources, json.dumps([*asked, *headers]))
+    return fingerprint(files, sources, json.dumps([*asked, options.best, *headers]))
 
 
 def model_folder(ckpt: Checkpoint) -> Path:

@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from ...errors import QuantError
-from ...quant import GgmlType, quantize
+from ...quant import ErrorSums, GgmlType, quantize
 from ...shardio.box import Box, extent
 from ...shardio.payload import Joint, Member, Payload, TensorPayload, first_span, row_slabs
 from ...shardio.tensor import LazyTensor
@@ -37,10 +37,14 @@ class Encoding:
     Attributes:
         type: its ggml type.
         importance: float32 [stacks, cols], one row per matrix of the tensor, or None.
+        best: search for less error than ggml leaves.
+        errors: gets the errors of all rows added as they are encoded.
     """
 
     type: GgmlType
     importance: np.ndarray | None = None
+    best: bool = False
+    errors: ErrorSums | None = None
 
 
 def encoded(tensor: LazyTensor, name: str, encodings: Sequence[Encoding]) -> list[Payload]:
@@ -126,19 +130,15 @@ class _Rows:
 
     def _encode(self, rows: np.ndarray, first: int, encoding: Encoding) -> np.ndarray:
         """Encode rows, those of each matrix with its own importance."""
+        encode = partial(quantize, threads=1, best=encoding.best, errors=encoding.errors)
         try:
             if encoding.importance is None:
-                return quantize(rows, encoding.type, threads=1)
+                return encode(rows, encoding.type)
             out = np.empty((len(rows), encoding.type.row_bytes(rows.shape[1])), np.uint8)
             per_matrix = self._rows // len(encoding.importance)
             for start, stop, matrix in _matrices(first, len(rows), per_matrix):
-                quantize(
-                    rows[start:stop],
-                    encoding.type,
-                    encoding.importance[matrix],
-                    threads=1,
-                    out=out[start:stop],
-                )
+                importance = encoding.importance[matrix]
+                encode(rows[start:stop], encoding.type, importance, out=out[start:stop])
             return out
         except QuantError as error:
             last = first + len(rows) - 1

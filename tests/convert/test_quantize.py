@@ -364,3 +364,34 @@ def error(file: GgufFile, truth: dict[str, np.ndarray]) -> float:
             wrong += float(((made - x.astype(np.float32)) ** 2).sum())
             total += float((x.astype(np.float32) ** 2).sum())
     return (wrong / total) ** 0.5
+
+
+def test_best_has_less_error_and_reports_it(tmp_path: Path, model: Path) -> None:
+    sums = {}
+    for best in (False, True):
+        out = tmp_path / f"{best}.gguf"
+        options = QuantizeOptions(best=best, measure=True)
+        (one,) = quantize_gguf(model, out, ["Q4_0"], options).outputs
+        errors = {t.name: t.errors for t in one.tensors if t.errors is not None}
+        assert {t.name for t in one.tensors if t.type.is_quantized} == set(errors)
+        sums[best] = errors
+    for name, plain in sums[False].items():
+        assert plain.chosen == plain.default == pytest.approx(sums[True][name].default)
+        assert sums[True][name].chosen < plain.chosen
+    first, second = tensors(tmp_path / "False.gguf"), tensors(tmp_path / "True.gguf")
+    assert {n: t for n, (t, _) in first.items()} == {n: t for n, (t, _) in second.items()}
+    assert first != second
+
+
+def test_command_reports_errors(tmp_path: Path, model: Path) -> None:
+    code, text = run(model, tmp_path / "a.gguf", "Q4_K_M", "--best", "--report")
+    assert code == 0, text
+    name, kind, default, written = next(
+        line.split() for line in text.splitlines() if line.startswith("  blk.0.attn_q.weight ")
+    )
+    assert kind == "Q5_0"  # its rows of 64 do not fill blocks of 256
+    assert 0 < float(written) < float(default) < 0.2
+    code, text = run(model, tmp_path / "b.gguf", "Q4_K_M", "--best", "--report", "--json")
+    (found,) = [t for t in json.loads(text)["outputs"][0]["tensors"] if t["name"] == name]
+    assert found["relative_rmse"] < found["relative_rmse_default"]
+    assert found["relative_rmse"] == pytest.approx(float(written), abs=1e-5)
