@@ -52,6 +52,11 @@ def layout_options(fn: F) -> F:
             type=click.IntRange(1),
             help="Pad the vocabulary to a multiple of this times tp, where the format pads it.",
         ),
+        click.option(
+            "--transformer-impl",
+            type=click.Choice(["local", "transformer_engine"]),
+            help="Which of Megatron's modules to write for (default: those of the source).",
+        ),
     ]
     for option in reversed(options):
         fn = option(fn)

@@ -32,7 +32,7 @@ from .box import (
     run_count,
     view,
 )
-from .source import Source
+from .source import MemorySource, Source
 from .tensor import LazyTensor, resolve_shape
 
 _SCRATCH = 256 << 10  # bytes read at once when a piece has to be rearranged in memory
@@ -230,6 +230,12 @@ def join(tensors: Sequence[Chunked], axis: int) -> Chunked:
         at += t.shape[axis]
     shape[axis] = at
     return Chunked(shape, tensors[0].dtype, chunks)
+
+
+def zeros(shape: Sequence[int], dtype: np.dtype) -> Chunked:
+    """Return a lazy tensor of zeros that holds one element in memory."""
+    source = MemorySource(Path("<zeros>"), bytes(dtype.itemsize))
+    return Chunked.strided(source, 0, shape, [0] * len(shape), dtype)
 
 
 def _recut_count(chunk: Chunk, old: Index, groups: list[tuple[range, range]]) -> int:

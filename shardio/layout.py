@@ -30,7 +30,9 @@ class Layout:
         zero_stage: ZeRO stage (0: parameters and optimizer are replicated over dp).
         pp_layers: layers on each stage, first stage first (None: even).
         make_vocab_divisible_by: pad the vocabulary to a multiple of this times tp, where the format
-            pads it.
+            pads it (None: as the source does, else the format's default).
+        transformer_impl: names and order of Megatron's ``local`` modules or of its
+            ``transformer_engine`` ones (None: as the source, else the latter).
         dtype: element type of the weights (None: as they are).
         max_shard_size: bytes of an output file (None: the format's default).
     """
@@ -45,7 +47,8 @@ class Layout:
     dp: int = 1
     zero_stage: int = 0
     pp_layers: tuple[int, ...] | None = None
-    make_vocab_divisible_by: int = 1
+    make_vocab_divisible_by: int | None = None
+    transformer_impl: str | None = None
     dtype: str | None = None
     max_shard_size: int | None = None
 
@@ -54,6 +57,10 @@ class Layout:
             size = getattr(self, axis)
             if size is not None and size < 1:
                 raise LayoutError(f"{axis}={size}: a size is at least 1")
+        if self.transformer_impl not in (None, "local", "transformer_engine"):
+            raise LayoutError(
+                f"transformer_impl={self.transformer_impl}: local or transformer_engine"
+            )
         if self.zero_stage not in (0, 1, 2, 3):
             raise LayoutError(f"zero_stage={self.zero_stage}: ZeRO has stages 0 to 3")
 
@@ -76,7 +83,7 @@ class Layout:
             if key not in known:
                 raise ConfigError(f"layout {text!r}: no option {key!r}{did_you_mean(key, known)}")
             try:
-                if key == "dtype":
+                if key in ("dtype", "transformer_impl"):
                     values[key] = value
                 elif key == "pp_layers":
                     values[key] = tuple(int(n) for n in value.split("+"))

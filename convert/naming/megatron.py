@@ -14,6 +14,7 @@ from typing import Any
 
 from ...errors import ConfigError, did_you_mean
 from ...shardio.checkpoint import Checkpoint, Tensors
+from ._megatron_args import megatron_args, saved_args
 from ._megatron_families import FAMILIES, Family
 from ._numbers import check_structure, count, experts_of, sizes_of
 from .record import Model, Naming, Request
@@ -54,12 +55,7 @@ def describe(ckpt: Checkpoint, request: Request) -> Model:
     if request.model_type is not None and config.get("model_type") != request.model_type:
         config |= {"model_type": family.model_type, "architectures": [family.architecture]}
     sizes = replace(
-        sizes_of(config, tied, padded),
-        experts=_experts(ckpt.weights),
-        zero_centered_norm=bool(
-            args.get("layernorm_zero_centered_gamma") or args.get("apply_layernorm_1p")
-        ),
-        rotary_interleaved=bool(args.get("rotary_interleaved")),
+        sizes_of(config, tied, padded), experts=_experts(ckpt.weights), **_stored_as(args)
     )
     table = Table(family.model_type, family.rules)
     return Model(table, sizes, config, args, left_out=("mtp.",), warnings=warnings)
@@ -77,18 +73,21 @@ def plan(ckpt: Checkpoint, request: Request) -> Model:
     family = _by_type(str(request.model_type or config.get("model_type")))
     tied = "lm_head.weight" not in ckpt.weights
     padded = request.padded_vocab_size or count(config, "vocab_size")
-    sizes = replace(sizes_of(config, tied, padded), experts=experts_of(config))
-    args = {arg.split("|")[0]: config[key] for key, arg in family.keys if key in config}
-    if "num_query_groups" not in args:
-        args["num_query_groups"] = sizes.kv_heads
-    args |= {
-        **family.args,
-        "group_query_attention": sizes.kv_heads != sizes.heads,
-        "kv_channels": sizes.head_dim,
-        "padded_vocab_size": padded,
-        "untie_embeddings_and_output_weights": not tied,
-    }
+    sizes = replace(
+        sizes_of(config, tied, padded), experts=experts_of(config), **_stored_as(saved_args(ckpt))
+    )
+    args = megatron_args(ckpt, config, family, sizes)
     return Model(Table(family.model_type, family.rules), sizes, config, args)
+
+
+def _stored_as(args: Mapping[str, Any]) -> dict[str, bool]:
+    """Choices of the run that change the stored values."""
+    return {
+        "zero_centered_norm": bool(
+            args.get("layernorm_zero_centered_gamma") or args.get("apply_layernorm_1p")
+        ),
+        "rotary_interleaved": bool(args.get("rotary_interleaved")),
+    }
 
 
 # -- family --------------------------------------------------------------------------------------

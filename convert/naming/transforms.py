@@ -12,9 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...shardio.chunked import Chunked
-from ...shardio.source import MemorySource
-from ...shardio.tensor import LazyTensor, concat, from_array
+from ...shardio.chunked import zeros
+from ...shardio.tensor import LazyTensor, concat
 from ..movement import (
     deinterleave,
     group_qkv,
@@ -74,15 +73,6 @@ class Transform:
     forward: Step
     inverse: Step
     changes_values: bool = False
-
-
-def zeros(shape: Sequence[int], dtype: np.dtype) -> LazyTensor:
-    """Return a lazy tensor of zeros that holds one element in memory."""
-    one = from_array(np.zeros(1, dtype), "zeros")
-    assert isinstance(one, Chunked)
-    source = one.chunks[0].source
-    assert isinstance(source, MemorySource)
-    return Chunked.strided(source, 0, shape, [0] * len(shape), np.dtype(dtype))
 
 
 def _shift(delta: float, dtype: np.dtype) -> Callable[[np.ndarray], np.ndarray]:

@@ -2,7 +2,7 @@
 
 Source: the Column/RowParallelLinear, VocabParallelEmbedding, MLP, attention, MLA and Mamba modules
 of ``megatron/core``. Names are canonical (see ``names``). Routed experts are cut by the same rules
-over the expert-tensor ranks.
+over the expert-tensor ranks. Readers assemble and writers cut by this one table.
 """
 
 from __future__ import annotations
@@ -137,3 +137,32 @@ def placement_of(facts: Facts) -> Placement:
         f"{facts.name}: mconv does not know how Megatron cuts this tensor over "
         f"{facts.world} tensor parallel ranks"
     )
+
+
+def cuts_of(
+    shapes: Mapping[str, Index],
+    world: int,
+    args: Mapping[str, object],
+    *,
+    latent_rows: bool,
+) -> dict[str, Placement]:
+    """Return how whole tensors of the given shapes are to be cut.
+
+    Args:
+        shapes: of all tensors that are spread over the same ranks, by canonical name.
+        world: number of ranks.
+        args: settings of the model.
+        latent_rows: MLA's down projections are cut by rows (local modules), not copied.
+
+    Raises:
+        UnsupportedError, LayoutError: as ``placement_of``.
+    """
+    local: dict[str, Index] = {}
+    for name, shape in shapes.items():  # what the rules look at, as a rank would hold it
+        if ".linear_fc1." in name or (latent_rows and "_down_proj." in name) or ".mixer." in name:
+            local[name] = (shape[0] // world, *shape[1:])
+        elif name.endswith(".linear_fc2.weight"):
+            local[name] = (shape[0], shape[1] // world)
+        else:
+            local[name] = shape
+    return {name: placement_of(Facts(name, world, local, args)) for name in shapes}

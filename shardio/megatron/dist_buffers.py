@@ -21,11 +21,12 @@ from ..checkpoint import Tensors
 from ..chunked import Chunked
 from ..tensor import LazyTensor
 from .buffers import Param, spans_of, unflatten
-from .cuts import Facts, placement_of
+from .cuts import cuts_of
 from .merge import EMBEDDING, HEAD, RankPart, World, assemble, collect
 from .module_order import Order, dense_orders, expert_orders
 from .names import expert_of, is_expert, is_parameter, layer_of, shift_expert
-from .settings import Sizes, number
+from .settings import Sizes
+from .stages import stages_of_args
 
 BUFFER = re.compile(
     r"^(?:chained_(\d+)\.)?optimizer\.distributed\.dp_group_idx_(\d+)\."
@@ -121,7 +122,7 @@ def _stage(
     tied: bool,
 ) -> Iterator[str]:
     """Names of the parameters of one model chunk, in no particular order."""
-    own = _layers(args, sizes)[pp, chunk]
+    own = stages_of_args(args, sizes).layers()[pp, chunk]
     first = pp == 0 and chunk == 0
     last = pp == sizes.pp - 1 and chunk == sizes.vpp - 1
     for name in weights:
@@ -131,38 +132,6 @@ def _stage(
             yield name
     if tied and last and sizes.pp > 1:
         yield HEAD
-
-
-def _layers(args: Mapping[str, object], sizes: Sizes) -> dict[tuple[int, int], range]:
-    """(stage, chunk) to its layers; even stages, or shorter first and last ones."""
-    total, chunks = sizes.layers or 0, sizes.pp * sizes.vpp
-    if not 0 < chunks <= total:
-        raise UnsupportedError(f"{total} layers on {chunks} pipeline chunks")
-    first = number(args, "decoder_first_pipeline_num_layers")
-    last = number(args, "decoder_last_pipeline_num_layers")
-    if args.get("pipeline_model_parallel_layout"):
-        raise UnsupportedError("flat buffers with a custom pipeline layout")
-    if first is None and last is None:
-        # embedding and loss may each count as a layer of the first and last chunk
-        ends = [bool(args.get(f"account_for_{x}_in_pipeline_split")) for x in ("embedding", "loss")]
-        counts = [(total + sum(ends)) // chunks] * chunks
-        counts[0] -= ends[0]
-        counts[-1] -= ends[1]
-    elif sizes.vpp > 1:
-        raise UnsupportedError("flat buffers with uneven virtual pipeline stages")
-    else:
-        given = (first is not None) + (last is not None)
-        middle = (total - (first or 0) - (last or 0)) // max(1, chunks - given)
-        counts = [middle] * chunks
-        counts[0] = middle if first is None else first
-        counts[-1] = middle if last is None else last
-    if sum(counts) != total:
-        raise UnsupportedError(f"{total} layers do not divide over the pipeline stages")
-    out, at = {}, 0
-    for k, n in enumerate(counts):
-        out[k % sizes.pp, k // sizes.pp] = range(at, at + n)
-        at += n
-    return out
 
 
 def _assign(
@@ -188,23 +157,15 @@ def _local_shapes(
     """Shapes on a rank, by names with local expert numbers."""
     count = world.sizes.etp if group.expert else world.sizes.tp
     whole = {n: weights[EMBEDDING if n == HEAD and n not in weights else n] for n in names}
-    hints: dict[str, Index] = {}
-    for name, tensor in whole.items():  # what the rules look at: the MLP and latent projections
-        rows, rest = tensor.shape[0], tensor.shape[1:]
-        if ".linear_fc1." in name or (order.cuts_latent and "_down_proj." in name):
-            hints[name] = (rows // count, *rest)
-        elif name.endswith(".linear_fc2.weight"):
-            hints[name] = (rows, rest[0] // count)
-        else:
-            hints[name] = tensor.shape
+    whole_shapes = {name: tensor.shape for name, tensor in whole.items()}
     shapes = {}
-    for name, tensor in whole.items():
-        try:
-            placement = placement_of(Facts(name, count, hints, world.args))
-            own = placement.cut(tensor, 0, count).shape
-        except LayoutError as e:
-            raise UnsupportedError(f"{group.where}: {e}") from e
-        shapes[shift_expert(name, -group.ep * world.local_experts)] = own
+    try:
+        cuts = cuts_of(whole_shapes, count, world.args, latent_rows=order.cuts_latent)
+        for name, tensor in whole.items():
+            own = cuts[name].cut(tensor, 0, count).shape
+            shapes[shift_expert(name, -group.ep * world.local_experts)] = own
+    except LayoutError as e:
+        raise UnsupportedError(f"{group.where}: {e}") from e
     return shapes
 
 

@@ -8,11 +8,13 @@ parameters come before those of its children, children in the order of their con
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from ...errors import UnsupportedError
 from ..box import Index
-from .names import layer_of
+from .names import expert_of, layer_of
 
 Named = list[tuple[str, Index]]
 
@@ -151,3 +153,40 @@ def expert_orders(args: Mapping[str, object]) -> tuple[Order, ...]:
     if args.get("moe_grouped_gemm"):
         return grouped, legacy, sequential
     return sequential, grouped, legacy
+
+
+_KINDS = ("weight", "gate_weight", "bias", "expert_bias")
+
+
+def state_order(args: Mapping[str, object], *, grouped: bool) -> Callable[[str], tuple[Any, ...]]:
+    """Return the sort key that brings canonical names into the order of ``state_dict()``.
+
+    Args:
+        args: settings, for the layer spec (``transformer_impl``).
+        grouped: a layer's experts are in one module per projection, not one after the other.
+
+    The key raises UnsupportedError for a module whose place is not known.
+    """
+    order = dense_orders(args)[0]
+    assert isinstance(order, Dense), "dense parameters come in a dense order"
+    modules = {m: k for k, m in enumerate(order.modules)}
+    experts = modules["mlp.router"] + 0.5  # between router and shared experts
+
+    def key(name: str) -> tuple[Any, ...]:
+        module, _, last = name.rpartition(".")
+        kind = _KINDS.index(last) if last in _KINDS else None
+        layer = layer_of(name)
+        own = None if layer is None else module.split(".", 3)[3]
+        expert = expert_of(name)
+        if kind is not None and expert is not None and layer is not None:
+            which = module.rpartition(".")[2]
+            inner = (which, kind, expert) if grouped else (expert, which, kind)
+            return (1, layer, experts, inner)
+        if kind is not None and own in modules:
+            return (1, layer, modules[own], (kind,))
+        for k, outside in ((0, _OUTSIDE), (2, ("decoder.final_layernorm", "output_layer"))):
+            if kind is not None and module in outside:
+                return (k, outside.index(module), 0, (kind,))
+        raise UnsupportedError(f"{name}: its place in a Megatron GPT model is not known")
+
+    return key
