@@ -205,9 +205,12 @@ def _verb(verb: str, value: Value, flags: str, precision: str | None) -> str:
     if value is None or value is MISSING:
         return "<nil>" if verb == "v" else f"%!{verb}(<nil>)"
     is_int = isinstance(value, int) and not isinstance(value, bool)
-    if verb == "v" or (verb == "s" and _plain_text(value)):
-        text = show(value, False)
-        return text if precision is None or verb == "v" else text[: int(precision or 0)]
+    if verb == "v":
+        return show(value, False)
+    if verb == "s":
+        text = _strings(value)
+        cut = precision is not None and isinstance(value, str)
+        return text[: int(precision or 0)] if cut else text
     if verb == "d" and is_int:
         return f"{value:+d}" if "+" in flags else str(value)
     if verb == "t" and isinstance(value, bool):
@@ -220,20 +223,24 @@ def _verb(verb: str, value: Value, flags: str, precision: str | None) -> str:
         return format(value, f"{'+' if '+' in flags else ''}.{precision or 6}{verb}")
     if verb == "q" and isinstance(value, str):
         return _quote(value)
-    if verb in "sdtxXfegq":
+    if verb in "dtxXfegq":
         return f"%!{verb}({_type(value)}={show(value, False)})"
     raise _fail(f"printf verb %{verb} is not known here")
 
 
-def _plain_text(value: Value) -> bool:
-    """Return whether %s prints a value without marking its parts."""
+def _strings(value: Value) -> str:
+    """Return a value as %s prints it: parts that are no strings are marked."""
     if isinstance(value, (JsonList, JsonMap, str)):
-        return True
-    if kind(value) != "other":
-        return False
-    if isinstance(value, list) and all(isinstance(item, str) for item in value):
-        return True
-    raise _fail("printf %s of a container is not known here; use %v")
+        return show(value)
+    if isinstance(value, Struct):
+        raise _fail("printf %s of a struct is not known here; use %v")
+    if isinstance(value, list):
+        return f"[{' '.join(map(_strings, value))}]"
+    if isinstance(value, Mapping):
+        return f"map[{' '.join(f'{k}:{_strings(value[k])}' for k in sorted(value))}]"
+    if _nil(value):
+        return "%!s(<nil>)"
+    return f"%!s({_type(value)}={show(value)})"
 
 
 def _quote(text: str) -> str:
