@@ -30,6 +30,7 @@ _LOCAL_THETA = (
     "rope_local_base_freq",
 )
 _PARTIAL = ("partial_rotary_factor", "rope_pct", "rope_percent")
+_MOST_LAYERS = 100_000  # before a table of their tensors is made
 #: Rope types that need the context length the model was first trained with.
 _STRETCHED = frozenset({"llama3", "yarn", "longrope", "dynamic"})
 
@@ -62,7 +63,7 @@ def complete_config(config: Config, architecture: Architecture) -> dict[str, Any
             full[other] = full[key]
     for key in ("hidden_size", "num_attention_heads", "vocab_size"):
         _positive(full, (key,))
-    _positive(full, LAYERS)
+    _positive(full, LAYERS, _MOST_LAYERS)
     full["rope_parameters"] = _rope(full)
     return full
 
@@ -84,12 +85,12 @@ def rope_parameters(config: Config) -> Mapping[str, Any]:
     return inner
 
 
-def _positive(config: Config, keys: tuple[str, ...]) -> None:
+def _positive(config: Config, keys: tuple[str, ...], most: int = 2**31 - 1) -> None:
     value = find(config, keys)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
         raise ConfigError(
             f"config.json: {keys[0] if len(keys) == 1 else ' or '.join(keys)} is {value!r}, "
-            "a positive whole number is needed"
+            f"a positive whole number up to {most} is needed"
         )
 
 

@@ -123,7 +123,8 @@ def mapped_tensors(architecture: Architecture, config: Config, match: Match) -> 
 
 
 def _class(config: Config) -> str:
-    return str((config.get("architectures") or [""])[0])
+    classes = config.get("architectures")
+    return str(classes[0]) if isinstance(classes, list) and classes else ""
 
 
 def _is_bare(architecture: Architecture, config: Config, names: Iterable[str]) -> bool:

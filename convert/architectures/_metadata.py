@@ -170,6 +170,6 @@ def _gating(prefix: str, config: Config) -> list[KeyValue]:
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e38:
         raise ConfigError(f"config.json: {name} is {value!r}, a number is needed")
     return value

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ...errors import ConfigError
 from ..gguf.values import KeyValue
 from ..tokenizers import TokenizerRule, Vocabulary
 
@@ -130,7 +131,8 @@ class Architecture:
 def head_dim(config: Config) -> int:
     """Return the size of one attention head, given or derived."""
     given = config.get("head_dim")
-    return int(given) if given else int(config["hidden_size"]) // int(config["num_attention_heads"])
+    derived = int(config["hidden_size"]) // int(config["num_attention_heads"])
+    return derived if given is None else _whole("head_dim", given) or derived
 
 
 def heads(config: Config) -> int:
@@ -151,7 +153,7 @@ def dimensions(architecture: Architecture, config: Config) -> dict[str, int]:
     """Return the named sizes that tensor shapes are written in."""
     dim = head_dim(config)
     q_heads = heads(config)
-    kv_heads = int(config.get("num_key_value_heads") or q_heads)
+    kv_heads = _whole("num_key_value_heads", config.get("num_key_value_heads") or q_heads)
     sizes = {
         "vocab": int(config["vocab_size"]),
         "hidden": int(config["hidden_size"]),
@@ -163,8 +165,14 @@ def dimensions(architecture: Architecture, config: Config) -> dict[str, int]:
         "qkv": (q_heads + 2 * kv_heads) * dim,
     }
     for name, keys in _SIZES.items():
-        value = next((config[key] for key in keys if config.get(key) is not None), None)
-        if value is not None:
-            sizes[name] = int(value)
-            sizes[f"2{name}"] = 2 * int(value)
+        found = next((key for key in keys if config.get(key) is not None), None)
+        if found is not None:
+            sizes[name] = _whole(found, config[found])
+            sizes[f"2{name}"] = 2 * sizes[name]
     return sizes | dict(architecture.sizes(config))
+
+
+def _whole(key: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ConfigError(f"config.json: {key} is {value!r}, a whole number is needed")
+    return value
