@@ -8,9 +8,11 @@ same folder with reproducible weights and without transformers.
 from __future__ import annotations
 
 import json
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -209,13 +211,31 @@ def save_family(name: str, folder: Path, data: Path, **changes: Any) -> Any:
     return model
 
 
-_DTYPES = {"F32": np.float32, "BF16": ml_dtypes.bfloat16}
+def pack(shapes: Mapping[str, list[int]]) -> list[Any]:
+    """Return names and shapes with runs of numbers folded: [pattern, [first, end] ..., shape]."""
+    folded: dict[str, tuple[list[list[int]], list[int]]] = {}
+    for name, shape in shapes.items():
+        pattern = re.sub(r"\.\d+(?=\.)", ".{}", name)
+        numbers = [int(n) for n in re.findall(r"\.(\d+)(?=\.)", name)]
+        ranges, _ = folded.setdefault(pattern, ([[n, n + 1] for n in numbers], shape))
+        for reach, n in zip(ranges, numbers, strict=True):
+            reach[:] = [min(reach[0], n), max(reach[1], n + 1)]
+    packed = [[pattern, *ranges, shape] for pattern, (ranges, shape) in folded.items()]
+    assert dict(unpack(packed)) == dict(shapes)
+    return packed
+
+
+def unpack(packed: list[Any]) -> Iterator[tuple[str, list[int]]]:
+    """Yield the names and shapes of ``pack``."""
+    for pattern, *ranges, shape in packed:
+        for numbers in product(*(range(first, end) for first, end in ranges)):
+            yield pattern.format(*numbers), shape
 
 
 def write_recorded(record: Mapping[str, Any], folder: Path, data: Path, name: str) -> None:
-    """Write a recorded model folder, all weights in BF16 but those recorded as F32.
+    """Write a recorded model folder with BF16 weights.
 
-    The weights are made of exact arithmetic on raw random bits.
+    They are made of exact arithmetic on raw random bits, so they are the same everywhere.
     """
     from safetensors.numpy import save_file
 
@@ -223,8 +243,8 @@ def write_recorded(record: Mapping[str, Any], folder: Path, data: Path, name: st
     (folder / "config.json").write_text(json.dumps(record["config"]))
     bits = np.random.PCG64(5)
     weights = {}
-    for hf, (kind, shape) in record["tensors"].items():
+    for hf, shape in sorted(unpack(record["tensors"])):
         raw = bits.random_raw(int(np.prod(shape))) >> np.uint64(44)
         values = raw.astype(np.float32).reshape(shape) * np.float32(2**-19) - np.float32(1)
-        weights[hf] = values.astype(_DTYPES[kind])
+        weights[hf] = values.astype(ml_dtypes.bfloat16)
     save_file(weights, folder / "model.safetensors")
