@@ -12,7 +12,7 @@ ROWS, COLS, WORLD = 4096, 5120, 4
 
 
 def make_dcp(folder: Path, count: int) -> Path:
-    """Write a DCP checkpoint with torch itself on 4 gloo processes, half Shard(0), half Shard(1)."""
+    """Write a DCP checkpoint with torch on 4 gloo processes: half Shard(0), half Shard(1)."""
     import torch.multiprocessing as mp
 
     mp.spawn(_dcp_rank, (str(folder), count), nprocs=WORLD)
