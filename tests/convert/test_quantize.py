@@ -389,7 +389,7 @@ def test_command_reports_errors(tmp_path: Path, model: Path) -> None:
     name, kind, default, written = next(
         line.split() for line in text.splitlines() if line.startswith("  blk.0.attn_q.weight ")
     )
-    assert kind == "Q5_0"  # its rows of 64 do not fill blocks of 256
+    assert kind == "Q5_0"  # its rows of 288 do not fill blocks of 256
     assert 0 < float(written) < float(default) < 0.2
     code, text = run(model, tmp_path / "b.gguf", "Q4_K_M", "--best", "--report", "--json")
     (found,) = [t for t in json.loads(text)["outputs"][0]["tensors"] if t["name"] == name]
