@@ -12,9 +12,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-import threading
-from collections import OrderedDict
-from collections.abc import Callable
 from math import prod
 from pathlib import Path
 from typing import BinaryIO
@@ -26,12 +23,12 @@ from .box import Index
 from .dcp_metadata import Item
 from .records import StoredTensor
 from .source import FileSource
+from .spill import SPILLS, Spill
 from .stored import lazy
 from .tensor import LazyTensor
 from .torchfile import TorchFile, open_torch_file
 
 _ZSTD = "stream.zstd/"
-_MAX_SPILLS = 16  # unpacked items kept at once
 _BLOCK = 1 << 20
 _OVERHEAD = 1 << 20  # of an archive around the tensor's bytes
 _MAX_OBJECT = 1 << 30
@@ -82,7 +79,7 @@ class ItemSource:
         """
         start = offset - self._item.offset
         if self._item.transforms:
-            spill = _SPILLS.get((self.path, self._item), self._unpack)
+            spill = SPILLS.get((self.path, self._item), self._unpack)
             spill.readinto(start, buffer)
             return
         found = self._resolve()
@@ -111,7 +108,7 @@ class ItemSource:
             )
         return root
 
-    def _unpack(self) -> _Spill:
+    def _unpack(self) -> Spill:
         expected = self.size - self._item.offset
         with unpacked(self.path, self._item, expected + _OVERHEAD) as file:
             tensor = self._check(open_torch_file(Path(file.name)))
@@ -119,7 +116,7 @@ class ItemSource:
         if not tensor.contiguous or tensor.storage.big_endian:
             os.close(fd)
             raise UnsupportedError(f"{self.path}: {self._key!r} is compressed and strided at once")
-        return _Spill(self.path, fd, tensor.file_offset)
+        return Spill(self.path, fd, tensor.file_offset)
 
 
 def read_object(folder: Path, item: Item) -> object:
@@ -201,54 +198,3 @@ def _read_flat(tensor: LazyTensor, start: int, buffer: memoryview) -> None:
     data = tensor.read([slice(first, end)]).view(np.uint8)
     skip = start - first * item
     buffer[:] = data[skip : skip + len(buffer)].data
-
-
-class _Spill:
-    """An unpacked item in a temporary file that has no name any more."""
-
-    __slots__ = ("_base", "_fd", "_path")
-
-    def __init__(self, path: Path, fd: int, base: int) -> None:
-        self._path, self._fd, self._base = path, fd, base
-
-    def readinto(self, offset: int, buffer: memoryview) -> None:
-        """Fill ``buffer`` from ``offset`` of the tensor."""
-        done = 0
-        while done < len(buffer):
-            n = os.preadv(self._fd, [buffer[done:]], self._base + offset + done)
-            if n == 0:
-                raise FormatError(f"{self._path}: an unpacked item is short")
-            done += n
-
-    def __del__(self) -> None:
-        os.close(self._fd)
-
-
-class _Slot:
-    __slots__ = ("lock", "spill")
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.spill: _Spill | None = None
-
-
-class _Spills:
-    """The last few unpacked items; each is unpacked by one thread while others wait."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._slots: OrderedDict[object, _Slot] = OrderedDict()
-
-    def get(self, key: object, make: Callable[[], _Spill]) -> _Spill:
-        with self._lock:
-            slot = self._slots.setdefault(key, _Slot())
-            self._slots.move_to_end(key)
-            while len(self._slots) > _MAX_SPILLS:
-                self._slots.popitem(last=False)
-        with slot.lock:
-            if slot.spill is None:
-                slot.spill = make()
-            return slot.spill
-
-
-_SPILLS = _Spills()

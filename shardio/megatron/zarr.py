@@ -7,6 +7,7 @@ is absent stands for the fill value; Megatron always writes all, so here it is a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import product
 from math import prod
 from pathlib import Path
@@ -19,9 +20,10 @@ from ...errors import FormatError, UnsupportedError
 from ..assets import load_json
 from ..box import row_major
 from ..chunked import Chunk, Chunked
-from ..source import FileSource
+from ..source import FileSource, Source
 
 ARRAY = ".zarray"
+Unpack = Callable[[Path, object, int], Source]
 
 
 def zarr_keys(folder: Path) -> list[Path]:
@@ -29,8 +31,13 @@ def zarr_keys(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if (p / ARRAY).is_file())
 
 
-def open_array(folder: Path) -> Chunked:
+def open_array(folder: Path, unpack: Unpack | None = None) -> Chunked:
     """Return the lazy tensor of one array folder.
+
+    Args:
+        folder: with ``.zarray``.
+        unpack: gives the source of a compressed chunk file (file, compressor, bytes of the chunk);
+            None where compression is not expected.
 
     Raises:
         FormatError: malformed metadata, missing or short chunk files.
@@ -40,7 +47,9 @@ def open_array(folder: Path) -> Chunked:
     shape, chunks = _sizes(folder, meta, "shape"), _sizes(folder, meta, "chunks")
     if len(shape) != len(chunks) or 0 in chunks:
         raise FormatError(f"{folder / ARRAY}: shape {shape} with chunks {chunks}")
-    for key, plain in (("compressor", None), ("filters", None), ("order", "C")):
+    compressor = meta.get("compressor") if unpack is not None else None
+    refused = (("filters", None), ("order", "C"), ("compressor", compressor))
+    for key, plain in refused:
         if meta.get(key) not in (plain, []):
             raise UnsupportedError(f"{folder / ARRAY}: {key} is {meta[key]!r}, expected {plain!r}")
     dtype = _dtype(folder, meta.get("dtype"))
@@ -51,7 +60,9 @@ def open_array(folder: Path) -> Chunked:
     pieces = []
     for index in product(*grid):
         file = folder / (separator.join(map(str, index)) or "0")
-        source = FileSource.of(file)
+        source: Source = FileSource.of(file)
+        if unpack is not None and compressor is not None:
+            source = unpack(file, compressor, need)
         if source.size != need:
             raise FormatError(f"{file}: has {source.size} bytes, a chunk {chunks} has {need}")
         lo = tuple(i * c for i, c in zip(index, chunks, strict=True))
