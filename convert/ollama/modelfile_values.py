@@ -120,8 +120,7 @@ def emit(modelfile: Modelfile, comments: Sequence[str] = ()) -> str:
         lines.append(f"MESSAGE {role} {quoted(content, 'MESSAGE')}")
     lines += [f"LICENSE {quoted(text, 'LICENSE')}" for text in modelfile.licenses]
     text = "\n".join(lines) + "\n"
-    again = interpret(parse(text))
-    assert again == modelfile, (again, modelfile)
+    assert interpret(parse(text)) == modelfile, "the emitted Modelfile reads back differently"
     return text
 
 

@@ -80,6 +80,8 @@ def check_parameters(values: Mapping[str, ParameterValue]) -> None:
         ConfigError: a name is unknown or deprecated, or a value has the wrong type.
     """
     for name, value in values.items():
+        if value == ():
+            raise ConfigError(f"parameter {name}: there is no text")
         texts = value if isinstance(value, tuple) else (format_parameter(value),)
         for text in texts:
             if not isinstance(text, str):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from ....errors import FormatError
 
@@ -25,8 +25,8 @@ class Struct(dict[str, Value]):
     empty.
     """
 
-    json_names: Mapping[str, str] = {}
-    json_optional: frozenset[str] = frozenset()
+    json_names: ClassVar[Mapping[str, str]] = {}
+    json_optional: ClassVar[frozenset[str]] = frozenset()
 
 
 class JsonList(list[Value]):
