@@ -38,8 +38,8 @@ def megatron_args(
             args[names.split("|")[0]] = config[key]
     if "intermediate_size" in config:
         args.setdefault("ffn_hidden_size", config["intermediate_size"])
-    args |= family.args | _rope(config) | _router(family, config)
-    args |= saved_args(ckpt)
+    for more in (family.args, _rope(config), _router(family, config), saved_args(ckpt)):
+        args |= more
     return args | {
         "group_query_attention": sizes.kv_heads != sizes.heads,
         "num_query_groups": sizes.kv_heads,

@@ -63,6 +63,7 @@ class Division:
         experts: routed experts of a layer.
         tied: the head is the embedding.
         padded: rows of the vocabulary.
+        held: (stage, chunk) to the names of what lies there.
     """
 
     weights: Tensors
@@ -74,6 +75,7 @@ class Division:
     experts: int
     tied: bool
     padded: int
+    held: Mapping[tuple[int, int], list[str]]
 
     @property
     def etp(self) -> int:
@@ -121,16 +123,24 @@ class Division:
 
     def _names_of(self, place: Place, chunk: int) -> Iterator[str]:
         """Canonical names with global numbers."""
-        own = self.stages.layers()[place.pp, chunk]
-        first = place.pp == 0 and chunk == 0
-        last = place.pp == self.stages.pp - 1 and chunk == self.stages.vpp - 1
-        for name in self.weights:
-            layer, expert = layer_of(name), expert_of(name)
-            here = layer in own if layer is not None else first if "embedding" in name else last
-            if here and (expert is None or expert // self._local_experts == place.ep):
+        for name in self.held[place.pp, chunk]:
+            expert = expert_of(name)
+            if expert is None or expert // self._local_experts == place.ep:
                 yield name
-        if self.tied and last and self.stages.pp > 1:
-            yield HEAD
+
+
+def _held(weights: Tensors, stages: Stages) -> dict[tuple[int, int], list[str]]:
+    """(stage, chunk) to the names in it; the tied head has a copy on the last stage."""
+    place_of = {i: place for place, own in stages.layers().items() for i in own}
+    first, last = (0, 0), (stages.pp - 1, stages.vpp - 1)
+    out: dict[tuple[int, int], list[str]] = {place: [] for place in stages.layers()}
+    for name in weights:
+        layer = layer_of(name)
+        outside = first if name.startswith("embedding.") else last
+        out[outside if layer is None else place_of[layer]].append(name)
+    if HEAD not in weights and stages.pp > 1:
+        out[last].append(HEAD)
+    return out
 
 
 def divide(ckpt: Checkpoint, layout: Layout) -> Division:
@@ -153,12 +163,13 @@ def divide(ckpt: Checkpoint, layout: Layout) -> Division:
     stages = stages_of_layout(layers, layout)
     check_fits(shapes, args, layout, latent_rows=rows)
     padded = padded_vocabulary(shapes[EMBEDDING][0], args, layout)
-    weights = pad_vocabulary(ckpt.weights, padded)
     grouped = bool(args.get("moe_grouped_gemm"))
     order = state_order(args, grouped=grouped)
     moe = frozenset(i for n in shapes if ".mlp.experts." in n and (i := layer_of(n)) is not None)
+    weights = pad_vocabulary(ckpt.weights, padded)
+    weights = {n: weights[n] for n in sorted(weights, key=order)}
     return Division(
-        weights={n: weights[n] for n in sorted(weights, key=order)},
+        weights=weights,
         args=args,
         layout=layout,
         stages=stages,
@@ -174,6 +185,7 @@ def divide(ckpt: Checkpoint, layout: Layout) -> Division:
         experts=experts_in(shapes),
         tied=HEAD not in weights,
         padded=padded,
+        held=_held(weights, stages),
     )
 
 

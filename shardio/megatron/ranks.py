@@ -180,7 +180,7 @@ def _check_missing(folder: Path, files: Sequence[RankFile], sizes: Sizes) -> Non
         )
     have = {(f.tp, f.pp) for f in files}
     missing = [
-        _name(t, p, None, sizes)
+        rank_name(t, p, None, sizes)
         for p in range(sizes.pp)
         for t in range(sizes.tp)
         if (t, p) not in have
@@ -197,7 +197,7 @@ def _check_missing(folder: Path, files: Sequence[RankFile], sizes: Sizes) -> Non
     if not missing and sizes.ep > 1:
         experts = {(f.tp % sizes.etp, f.pp, f.ep) for f in files}
         missing = [
-            _name(t, p, e, sizes)
+            rank_name(t, p, e, sizes)
             for p in range(sizes.pp)
             for e in range(sizes.ep)
             for t in range(sizes.etp)
@@ -212,7 +212,7 @@ def _check_missing(folder: Path, files: Sequence[RankFile], sizes: Sizes) -> Non
         )
 
 
-def _name(t: int, p: int, e: int | None, sizes: Sizes) -> str:
+def rank_name(t: int, p: int, e: int | None, sizes: Sizes) -> str:
     """Name of a rank folder; ``*`` where any expert rank would do."""
     parts = [f"mp_rank_{t:02d}"]
     if sizes.pp > 1:
@@ -234,5 +234,5 @@ def _check_swapped(files: Sequence[RankFile], sizes: Sizes) -> None:
                 f"{f.path}: was written by global rank {f.args['rank']}, which is tensor rank {t}, "
                 f"stage {p}, expert rank {e}, but lies in the folder of tensor rank {f.tp}, stage "
                 f"{f.pp}, expert rank {f.ep}: rank files were swapped; it belongs into "
-                f"{_name(t, p, e, sizes)}"
+                f"{rank_name(t, p, e, sizes)}"
             )

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from ..box import Index
 from ..tensor import LazyTensor, concat
 from .names import expert_of
 
@@ -49,8 +50,12 @@ class Spelling:
             return f"{m[1]}.{m[3]}.{m[4]}{m[2]}"
         return self._fused(name, moe=layer in self.moe)
 
-    def key(self, name: str) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
+    def key(self, name: str, experts: int) -> tuple[str, Index, Index]:
         """Key in a distributed checkpoint, and where the tensor lies in its leading dims.
+
+        Args:
+            name: canonical.
+            experts: of a layer.
 
         Returns:
             (key, index in each leading dim, sizes of these dims).
@@ -68,7 +73,7 @@ class Spelling:
             name = f"{layer[1]}.{layer[3]}"
         if m := _EXPERT.match(name):
             at.append(int(m[2]))
-            sizes.append(0)  # experts: filled in by the caller, who has seen them all
+            sizes.append(experts)
             name = f"{m[1]}.experts.{m[3]}.{m[4]}"
         return name, tuple(at), tuple(sizes)
 
