@@ -7,13 +7,13 @@ without importing torch. ``planner_data`` tells the path of every flat key in th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from .box import Index, extent
+from .box import Box, Index, extent
 from .chunk_grid import cells
 from .dcp_metadata import METADATA, KeyPath
 from .payload import BytesPayload, Payload
@@ -24,6 +24,10 @@ from .torchzip_plan import Archive, plan_archive, plan_item
 
 _META = "torch.distributed.checkpoint.metadata"
 _VERSION = "1.0.0"
+
+_Index = tuple[str, Index | None, int | None]  # key, first index of the box, its number
+
+Piece = tuple[int, Index, LazyTensor]  # rank, first index in the whole tensor, data
 
 
 @dataclass(slots=True)
@@ -54,7 +58,7 @@ class DcpPlan:
     dp: int
     _files: dict[int, _RankFile] = field(default_factory=dict)
     _entries: dict[str, Any] = field(default_factory=dict)
-    _storage: list[tuple[Instance, Instance]] = field(default_factory=list)
+    _storage: list[tuple[_Index, int, int, int]] = field(default_factory=list)
     _paths: dict[str, KeyPath] = field(default_factory=dict)
 
     def tensor(self, path: KeyPath, tensor: LazyTensor, cut_as: str) -> None:
@@ -65,21 +69,32 @@ class DcpPlan:
             tensor: the whole of it.
             cut_as: parameter name that tells how tensor parallel cuts it.
         """
-        key = self._key(path)
-        chunks = []
         turn = len(self._entries)
-        for k, cell in enumerate(cells(cut_as, tensor.shape, tp=self.tp, dp=self.dp, turn=turn)):
-            sizes = extent((cell.lo, cell.hi))
+        found = []
+        for cell in cells(cut_as, tensor.shape, tp=self.tp, dp=self.dp, turn=turn):
             region = [slice(a, b) for a, b in zip(cell.lo, cell.hi, strict=True)]
-            chunks.append(_chunk(cell.lo, sizes))
-            index = {"fqn": key, "offset": torch_size(cell.lo), "index": k}
-            self._store(cell.rank, index, plan_item(tensor.slice(region)))
+            found.append((cell.rank, cell.lo, tensor.slice(region)))
+        self.pieces(path, tensor.shape, tensor.dtype, found)
+
+    def pieces(self, path: KeyPath, shape: Index, dtype: np.dtype, pieces: Iterable[Piece]) -> None:
+        """Add a tensor that is cut already.
+
+        Args:
+            path: place in the nested state dict.
+            shape, dtype: of the whole tensor.
+            pieces: (rank, first index in the whole, piece); they tile it.
+        """
+        key = self._key(path)
+        boxes: list[Box] = []
+        for k, (rank, lo, piece) in enumerate(pieces):
+            boxes.append((lo, tuple(a + n for a, n in zip(lo, piece.shape, strict=True))))
+            self._store(rank, (key, lo, k), plan_item(piece))
         self._entries[key] = Instance(
             Name(_META, "TensorStorageMetadata"),
             {
-                "properties": _properties(tensor.dtype),
-                "size": torch_size(tensor.shape),
-                "chunks": chunks,
+                "properties": _properties(dtype),
+                "size": torch_size(shape),
+                "chunks": _Chunks(boxes),
             },
         )
 
@@ -87,8 +102,7 @@ class DcpPlan:
         """Add plain data as a leaf of its own."""
         key = self._key(path)
         self._entries[key] = Instance(Name(_META, "BytesStorageMetadata"))
-        index = {"fqn": key, "offset": None, "index": None}
-        self._store(0, index, plan_archive(value))
+        self._store(0, (key, None, None), plan_archive(value))
 
     def tree(self, path: KeyPath, values: Mapping[str, Any]) -> None:
         """Add nested plain data, one leaf per value, as DCP flattens mappings."""
@@ -102,13 +116,13 @@ class DcpPlan:
             {
                 "state_dict_metadata": self._entries,
                 "planner_data": self._paths,
-                "storage_data": Pairs(tuple(self._storage)),
+                "storage_data": Pairs(map(_place, self._storage)),
                 "storage_meta": None,
                 "version": _VERSION,
             },
         )
         found = [OutFile(f.name, f.size, tuple(f.parts)) for _, f in sorted(self._files.items())]
-        data = dumps(metadata)
+        data = dumps(metadata, _lower)
         return [*found, OutFile(METADATA, len(data), ((0, BytesPayload(data)),))]
 
     def _key(self, path: KeyPath) -> str:
@@ -117,13 +131,30 @@ class DcpPlan:
         self._paths[key] = path
         return key
 
-    def _store(self, rank: int, index: dict[str, Any], archive: Archive) -> None:
+    def _store(self, rank: int, index: _Index, archive: Archive) -> None:
         file = self._files.setdefault(rank, _RankFile(f"__{rank}_0.distcp"))
-        start, length = file.add(archive)
-        info = {"relative_path": file.name, "offset": start, "length": length}
-        place = Name("torch.distributed.checkpoint.filesystem", "_StorageInfo")
-        key = Instance(Name(_META, "MetadataIndex"), index)
-        self._storage.append((key, Instance(place, info)))
+        self._storage.append((index, rank, *file.add(archive)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunks:
+    """The boxes of a tensor, kept small until they are written."""
+
+    boxes: list[Box]
+
+
+def _lower(value: Any) -> Any:
+    assert isinstance(value, _Chunks)
+    return [_chunk(lo, extent((lo, hi))) for lo, hi in value.boxes]
+
+
+def _place(item: tuple[_Index, int, int, int]) -> tuple[Instance, Instance]:
+    """Where an item lies: MetadataIndex to _StorageInfo."""
+    (key, lo, number), rank, start, length = item
+    index = {"fqn": key, "offset": None if lo is None else torch_size(lo), "index": number}
+    info = {"relative_path": f"__{rank}_0.distcp", "offset": start, "length": length}
+    place = Name("torch.distributed.checkpoint.filesystem", "_StorageInfo")
+    return Instance(Name(_META, "MetadataIndex"), index), Instance(place, info)
 
 
 def _leaves(path: KeyPath, value: Any) -> Iterator[tuple[KeyPath, Any]]:

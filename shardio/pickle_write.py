@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import struct
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -49,9 +50,9 @@ class Instance:
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
-    """A dict whose keys are values of this module."""
+    """A dict whose keys are values of this module; the pairs may be made while they are written."""
 
-    items: tuple[tuple[Any, Any], ...]
+    items: Iterable[tuple[Any, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,21 +194,22 @@ class _Emitter:
 
     def mapping(self, value: dict[Any, Any]) -> None:
         self.out += b"}"
-        self.items(list(value.items()))
+        self.items(value.items())
 
     def ordered(self, value: OrderedDict[Any, Any]) -> None:
         self.name(Name("collections", "OrderedDict"))
         self.out += b")R"
-        self.items(list(value.items()))
+        self.items(value.items())
 
     def pairs(self, value: Pairs) -> None:
         self.out += b"}"
         self.items(value.items)
 
-    def items(self, items: Sequence[tuple[Any, Any]]) -> None:
-        for at in range(0, len(items), _BATCH):
+    def items(self, items: Iterable[tuple[Any, Any]]) -> None:
+        pairs = iter(items)
+        while batch := list(islice(pairs, _BATCH)):
             self.out += b"("
-            for key, item in items[at : at + _BATCH]:
+            for key, item in batch:
                 self.save(key)
                 self.save(item)
             self.out += b"u"

@@ -100,19 +100,15 @@ def plan_item(tensor: LazyTensor) -> Archive:
     """Plan the zip of one plain tensor; cheap for the thousands of equal pieces of a DCP."""
     if not tensor.size:
         return plan_archive(tensor)
-    size, before, at, after, behind = _shell(tensor.dtype, tensor.shape)
-    head, data, tail = BytesPayload(before), TensorPayload(tensor), BytesPayload(after)
-    return Archive(size, ((0, head), (at, data), (behind, tail)))
+    whole = _shell(tensor.dtype, tensor.shape)
+    head, tail = whole.parts
+    return Archive(whole.size, (head, (head[1].nbytes, TensorPayload(tensor)), tail))
 
 
 @lru_cache(maxsize=4096)
-def _shell(dtype: np.dtype, shape: Index) -> tuple[int, bytes, int, bytes, int]:
-    """Size, bytes before the data, its place, bytes behind it and theirs."""
-    whole = plan_archive(_Shaped(Vector(dtype, prod(shape)), shape))
-    (_, head), (behind, tail) = whole.parts
-    assert isinstance(head, BytesPayload)
-    assert isinstance(tail, BytesPayload)
-    return whole.size, head.data, len(head.data), tail.data, behind
+def _shell(dtype: np.dtype, shape: Index) -> Archive:
+    """The two parts around the data of such a tensor, which all of its kind share."""
+    return plan_archive(_Shaped(Vector(dtype, prod(shape)), shape))
 
 
 @dataclass(frozen=True, slots=True)
