@@ -18,6 +18,7 @@ from pathlib import Path
 
 from ..errors import ConfigError, FormatError, did_you_mean
 from .checkpoint import Checkpoint
+from .dequant import dequantized
 from .gc_pause import collection_paused
 from .worlds import world_of
 
@@ -106,7 +107,7 @@ def open_checkpoint(
             raise FormatError(f"{start}: no such file or folder")
         fmt, root = locate(start, format)
         with collection_paused():
-            found = _in_its_world(fmt.open(root, options))
+            found = dequantized(_in_its_world(fmt.open(root, options)))
         _check_holds(start, root, found)
         if adapter is not None:
             from .peft import merge_adapter

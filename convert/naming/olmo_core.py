@@ -52,6 +52,8 @@ def _settings(ckpt: Checkpoint) -> Settings:
     model = (ckpt.config or {}).get("model")
     block = model.get("block") if isinstance(model, Mapping) else None
     attention = block.get("attention") if isinstance(block, Mapping) else None
+    if not isinstance(model, Mapping) or not isinstance(block, Mapping):
+        return {}
     if not isinstance(attention, Mapping) or model.get("block_overrides"):
         return {}
     behind = str(block.get("name")) == "reordered_norm"
