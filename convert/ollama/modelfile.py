@@ -210,9 +210,8 @@ def quoted(text: str, instruction: str = "SYSTEM") -> str:
     Raises:
         ConfigError: no form carries the text; it says which characters or lines are why.
     """
-    forms = [f'"{text}"', f'"""{text}"""']
-    if text and "\n" not in text:
-        forms.insert(0, text)
+    single, triple = f'"{text}"', f'"""{text}"""'
+    forms = (triple, single) if "\n" in text else (text, single, triple) if text else (single,)
     for form in forms:
         if _carries(form, text):
             return form

@@ -1,0 +1,33 @@
+"""A trained tiny Llama with a chat template, as folder and as GGUF."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from mconv.convert.to_gguf import to_gguf
+
+TRAINED = Path(__file__).resolve().parents[2] / "fixtures" / "trained" / "hf"
+
+
+def chat_model(folder: Path, template: str | None, **generation: Any) -> Path:
+    """Copy the trained model with a chat template and generation settings."""
+    shutil.copytree(TRAINED, folder)
+    config = folder / "tokenizer_config.json"
+    settings = json.loads(config.read_text())
+    if template is not None:
+        settings["chat_template"] = template
+    config.write_text(json.dumps(settings))
+    (folder / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": 2, "bos_token_id": 1, **generation})
+    )
+    return folder
+
+
+def chat_gguf(path: Path, template: str | None, kind: str = "q8_0", **generation: Any) -> Path:
+    """Write such a model as GGUF."""
+    folder = chat_model(path.with_suffix(""), template, **generation)
+    to_gguf(folder, path, kind)
+    return path
