@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 
+from .layout_options import layout_options, make_layout
 from .options import (
     Size,
     human,
@@ -28,7 +30,12 @@ from .options import (
 @click.option("--to", "target", default="hf", show_default=True, help="Target layout.")
 @click.option("--dtype", help="Cast the weights: f32, f16, bf16 (default: keep).")
 @click.option("--max-shard-size", type=Size(), help="Bytes per output file (default 5GB).")
-@click.option("--with-optimizer", is_flag=True, help="Also write the optimizer states.")
+@layout_options
+@click.option(
+    "--with-optimizer/--weights-only",
+    default=None,
+    help="Write the optimizer states (default: where the target is a layout to train on).",
+)
 @model_options
 @source_options
 @output_options
@@ -39,13 +46,14 @@ def command(
     target: str,
     dtype: str | None,
     max_shard_size: int | None,
-    with_optimizer: bool,
+    with_optimizer: bool | None,
     weights: str,
     vocab_size: int | None,
     tokenizer: str | None,
     verify: bool,
     config: str | None,
     source_format: str | None,
+    adapter: str | None,
     max_memory: int,
     threads: int | None,
     force: bool,
@@ -53,23 +61,26 @@ def command(
     dry_run: bool,
     as_json: bool,
     quiet: bool,
+    **axes: Any,
 ) -> None:
-    """Merge the checkpoint SRC of any layout into DST.
+    """Bring the checkpoint SRC of any layout into another one, DST.
 
     \b
     mconv reshard runs/zero3/global_step1000 merged --to hf --dtype bf16
     mconv reshard megatron/iter_0001000 merged --vocab-size 32000
+    mconv reshard runs/zero1 zero3 --to deepspeed --zero-stage 3 --dp 16
+    mconv reshard runs/zero3 fsdp --to dcp --dp 8 --tp 2
     """
     from ..convert.reshard import reshard
-    from ..shardio import Layout, open_checkpoint
+    from ..shardio import open_checkpoint
 
     started = time.monotonic()
-    ckpt = open_checkpoint(src, format=source_format, config=config)
+    ckpt = open_checkpoint(src, format=source_format, config=config, adapter=adapter)
     with progress_bar(f"reshard {Path(src).name}", shown=not (quiet or as_json)) as progress:
         report = reshard(
             ckpt,
             dst,
-            Layout(target, dtype=dtype, max_shard_size=max_shard_size),
+            make_layout(target, dtype, max_shard_size, axes),
             weights=weights,
             with_optimizer=with_optimizer,
             vocab_size=vocab_size,

@@ -45,7 +45,7 @@ def read_training_file(folder: Path) -> tuple[int | None, dict[str, Any], dict[s
     step, scalars = content.get("step"), content.get("scalars")
     args = {k: content[k] for k in ("training_dtype", "buffer_names") if k in content}
     return (
-        step if type(step) is int else None,
+        step if type(step) is int and step >= 0 else None,
         dict(scalars) if isinstance(scalars, Mapping) else {},
         args,
     )

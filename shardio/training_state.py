@@ -88,11 +88,17 @@ def training_state(ckpt: Checkpoint) -> TrainingState:
 
 def optimizer_step(ckpt: Checkpoint) -> int:
     """Updates that the optimizer has made: its own count, else that of the training."""
-    counts = ckpt.scalars.get("optimizer_steps") or []
-    groups = ckpt.scalars.get("param_groups") or []
-    counts = [*counts, *(g.get("step") for g in groups if isinstance(g, Mapping))]
-    found = [int(n) for n in counts if isinstance(n, (int, float)) and n >= 0]
+    groups = _listed(ckpt, "param_groups")
+    counts = [g.get("step") for g in groups if isinstance(g, Mapping)]
+    counts += _listed(ckpt, "optimizer_steps")
+    found = [int(n) for n in counts if isinstance(n, (int, float)) and 0 <= n < 2**53]
     return max(found) if found else (ckpt.step or 0)
+
+
+def _listed(ckpt: Checkpoint, key: str) -> list[Any]:
+    """A list among the scalars; anything else there counts as nothing."""
+    value = ckpt.scalars.get(key)
+    return list(value) if isinstance(value, (list, tuple)) else []
 
 
 def full_precision(ckpt: Checkpoint, layout: Layout) -> dict[str, LazyTensor]:
@@ -129,7 +135,7 @@ def _buffers(ckpt: Checkpoint) -> set[str]:
 def _groups(
     ckpt: Checkpoint, trained: Sequence[str], states: Mapping[str, Tensors], notes: list[str]
 ) -> tuple[Group, ...]:
-    saved = [g for g in ckpt.scalars.get("param_groups") or [] if isinstance(g, Mapping)]
+    saved = [g for g in _listed(ckpt, "param_groups") if isinstance(g, Mapping)]
     defaults = _ADAMW if set(states) >= _ADAM or not states else {}
     settings = [defaults | _settings(g) for g in saved]
     if not saved:

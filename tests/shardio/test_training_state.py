@@ -10,6 +10,7 @@ import pytest
 from mconv.errors import ConfigError, LayoutError
 from mconv.shardio import Checkpoint, Layout, from_array
 from mconv.shardio.dtypes import BFLOAT16, FLOAT32
+from mconv.shardio.training_file import FILE, read_training_file
 from mconv.shardio.training_state import full_precision, optimizer_step, training_state
 
 SHAPES = {"w": (2, 3), "norm.weight": (3,), "w.bias": (2,), "rope.inv_freq": (4,)}
@@ -76,6 +77,8 @@ def test_masters_are_the_weights_where_there_are_none() -> None:
         ({"param_groups": [{"step": 4.0}]}, 9, 4),
         ({}, 9, 9),
         ({}, None, 0),
+        ({"optimizer_steps": 3, "param_groups": "x"}, 9, 9),
+        ({"optimizer_steps": [float("inf"), float("nan"), -1]}, 9, 9),
     ],
 )
 def test_steps(scalars: dict[str, Any], step: int | None, expected: int) -> None:
@@ -103,3 +106,18 @@ def test_layouts_from_text() -> None:
 def test_bad_texts(text: str, error: type[Exception]) -> None:
     with pytest.raises(error):
         Layout.parse(text)
+
+
+def test_a_training_file_that_lies_is_taken_as_it_is(tmp_path: Path) -> None:
+    assert read_training_file(tmp_path) == (None, {}, {})
+    for text, expected in (
+        ("[1]", (None, {}, {})),
+        ('{"step": -3, "scalars": [1]}', (None, {}, {})),
+        ('{"step": 3, "scalars": {"a": 1}, "training_dtype": "bfloat16", "other": 1}',
+         (3, {"a": 1}, {"training_dtype": "bfloat16"})),
+    ):  # fmt: skip
+        (tmp_path / FILE).write_text(text)
+        assert read_training_file(tmp_path) == expected
+    (tmp_path / FILE).write_text("{")
+    with pytest.raises(ConfigError, match="JSON"):
+        read_training_file(tmp_path)
