@@ -55,6 +55,7 @@ def command(
     verify: bool,
     config: str | None,
     source_format: str | None,
+    adapter: str | None,
     max_memory: int,
     threads: int | None,
     force: bool,
@@ -75,7 +76,7 @@ def command(
     from ..shardio import open_checkpoint
 
     started = time.monotonic()
-    ckpt = open_checkpoint(src, format=source_format, config=config)
+    ckpt = open_checkpoint(src, format=source_format, config=config, adapter=adapter)
     with progress_bar(f"to-gguf {Path(out).name}", shown=not (quiet or as_json)) as progress:
         report = to_gguf(
             ckpt,
