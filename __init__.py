@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
+#: Folders whose modules with a ``FORMAT`` are checkpoint formats.
+FORMAT_PACKAGES = (".shardio.formats", ".convert.formats")
+
 _PUBLIC = {
     "open_checkpoint": ".shardio",
     "Checkpoint": ".shardio",

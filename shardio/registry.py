@@ -1,6 +1,7 @@
 """Finding the format of a path, and opening it.
 
 Every module of ``shardio/formats/`` with a ``FORMAT`` is a format: dropping a file there adds one.
+The root package lists such folders (``FORMAT_PACKAGES``), so that floors above can add theirs.
 ``detect`` looks at names and magic bytes only. The path a user types is often one level off
 (``checkpoint-100/``, a rank file, the run's root), so its neighbours are tried too, nearest first.
 """
@@ -59,13 +60,16 @@ class Format:
 
 @lru_cache(maxsize=1)
 def formats() -> tuple[Format, ...]:
-    """All formats, by rank and name."""
-    package = importlib.import_module(".formats", __package__)
+    """All formats of the folders that the root package names, by rank and name."""
+    root = importlib.import_module("..", __package__)
     found = []
-    for module in pkgutil.iter_modules(package.__path__):
-        fmt = getattr(importlib.import_module(f"{package.__name__}.{module.name}"), "FORMAT", None)
-        if isinstance(fmt, Format):
-            found.append(fmt)
+    for folder in root.FORMAT_PACKAGES:
+        package = importlib.import_module(folder, root.__name__)
+        for module in pkgutil.iter_modules(package.__path__):
+            name = f"{package.__name__}.{module.name}"
+            fmt = getattr(importlib.import_module(name), "FORMAT", None)
+            if isinstance(fmt, Format):
+                found.append(fmt)
     return tuple(sorted(found, key=lambda f: (f.rank, f.name)))
 
 
