@@ -2,6 +2,7 @@
 
 Train under A, reshard, resume under B with another world size; the next losses equal those of the
 uninterrupted run, and a control with zeroed moments differs. DeepSpeed and FSDP2 on CPU, gloo.
+``MCONV_TEST_ALL=1`` adds the rest of the matrix.
 """
 
 from __future__ import annotations
@@ -23,16 +24,16 @@ TOLERANCE = {  # fp32 sums over other world sizes; bf16 gradients are rounded pe
     "zero3-dp4-to-fsdp2-dp2": 5e-6,
     "fsdp2-tp-to-zero2": 5e-6,
     "zero2-to-universal-to-zero3": 5e-6,
-    "zero3-to-universal-to-zero1": 5e-6,
-    "zero1-to-fsdp2-tp": 5e-6,
 }
+if os.environ.get("MCONV_TEST_ALL"):  # two thirds of the matrix say as much about the files
+    TOLERANCE |= {"zero3-to-universal-to-zero1": 5e-6, "zero1-to-fsdp2-tp": 5e-6}
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list[float]]]:
     out = tmp_path_factory.mktemp("resume") / "losses.json"
     done = subprocess.run(
-        [sys.executable, MATRIX, out],
+        [sys.executable, MATRIX, out, *TOLERANCE],
         capture_output=True,
         text=True,
         check=False,
