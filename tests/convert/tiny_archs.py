@@ -49,6 +49,7 @@ class Family:
         model: model class, where it is another.
         base_config: the same for the configuration.
         tokens: special tokens that the tokenizer must have.
+        official: llama.cpp's own converter can convert it.
     """
 
     base: str
@@ -58,6 +59,7 @@ class Family:
     model: str = ""
     base_config: str = ""
     tokens: tuple[str, ...] = ()
+    official: bool = True
 
 
 MLA = {
@@ -72,6 +74,12 @@ MLA = {
     "v_head_dim": 24,
     "num_key_value_heads": 4,
     "num_hidden_layers": 3,
+}
+SCALES = {
+    "attention_multiplier": 0.2,
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.5,
+    "logits_scaling": 2.0,
 }
 FAMILIES: Mapping[str, Family] = {
     "mixtral": Family("Mixtral", "gpt-2", {"num_local_experts": 12}),
@@ -158,6 +166,82 @@ FAMILIES: Mapping[str, Family] = {
         },
         written={"scoring_func": "sigmoid"},
     ),
+    "olmo2": Family("Olmo2", "gpt-2"),
+    "olmo3": Family("Olmo3", "gpt-2", {"num_hidden_layers": 4, "sliding_window": 32}),
+    "olmo": Family("Olmo", "gpt-2", {"clip_qkv": 3.0}),
+    "olmoe": Family(
+        "Olmoe", "gpt-2", {"num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 4}
+    ),
+    "granite": Family("Granite", "starcoder", SCALES),
+    "granitemoe": Family("GraniteMoe", "starcoder", {**SCALES, "num_local_experts": 4}),
+    "granitemoe-shared": Family(
+        "GraniteMoeShared",
+        "starcoder",
+        {**SCALES, "num_local_experts": 4, "shared_intermediate_size": 64},
+    ),
+    "starcoder2": Family("Starcoder2", "starcoder"),
+    "stablelm": Family("StableLm", "qwen2", {"use_qkv_bias": True}),
+    "stablelm-12b": Family(
+        "StableLm",
+        "qwen2",
+        {
+            "qk_layernorm": True,
+            "use_parallel_residual": True,
+            "num_attention_heads": 12,
+            "hidden_size": 192,
+        },
+        official=False,  # it loses the norms of the heads
+    ),
+    "smollm3": Family("SmolLM3", "gpt-2", {"num_hidden_layers": 5}),
+    "falcon": Family(
+        "Falcon",
+        "gpt-2",
+        {
+            **dict.fromkeys(("intermediate_size", "num_key_value_heads", "pad_token_id")),
+            "multi_query": True,
+        },
+        written={"num_kv_heads": 1},
+    ),
+    "falcon-40b": Family(
+        "Falcon",
+        "gpt-2",
+        {
+            **dict.fromkeys(("intermediate_size", "num_key_value_heads", "pad_token_id")),
+            "new_decoder_architecture": True,
+            "num_kv_heads": 2,
+        },
+    ),
+    "glm4": Family(
+        "Glm4",
+        "gpt-2",
+        {"head_dim": 16, "attention_bias": True},
+        tokens=("<|user|>",),
+    ),
+    "command-r": Family("Cohere", "gpt-2", {"logit_scale": 0.25}),
+    # llama.cpp looks for norms of the heads in models of 64 layers
+    "command-r-plus": Family(
+        "Cohere",
+        "gpt-2",
+        {"logit_scale": 0.25, "use_qk_norm": True, "num_hidden_layers": 64},
+    ),
+    "cohere2": Family(
+        "Cohere2",
+        "gpt-2",
+        {"num_hidden_layers": 4, "sliding_window": 32, "logit_scale": 0.25},
+        written={"rotary_pct": 1.0},
+    ),
+    "llama4": Family(
+        "Llama4",
+        "gpt-2",
+        {
+            "num_local_experts": 4,
+            "num_hidden_layers": 4,
+            "interleave_moe_layer_step": 2,
+            "head_dim": 16,
+            "intermediate_size_mlp": 160,
+        },
+        base_config="Llama4Text",
+    ),
     "gpt-oss": Family(
         "GptOss",
         "gpt-2",
@@ -171,6 +255,9 @@ FAMILIES: Mapping[str, Family] = {
         },
     ),
 }
+
+
+OFFICIAL = [name for name, family in FAMILIES.items() if family.official]
 
 
 def vocabulary(folder: Path, data: Path, family: Family) -> int:
@@ -212,15 +299,20 @@ def save_family(name: str, folder: Path, data: Path, **changes: Any) -> Any:
 
 
 def pack(shapes: Mapping[str, list[int]]) -> list[Any]:
-    """Return names and shapes with runs of numbers folded: [pattern, [first, end] ..., shape]."""
-    folded: dict[str, tuple[list[list[int]], list[int]]] = {}
+    """Return names and shapes, runs of numbers folded: [pattern, [first, end, step] ..., shape]."""
+    folded: dict[str, tuple[list[set[int]], list[int]]] = {}
     for name, shape in shapes.items():
-        pattern = re.sub(r"\.\d+(?=\.)", ".{}", name)
         numbers = [int(n) for n in re.findall(r"\.(\d+)(?=\.)", name)]
-        ranges, _ = folded.setdefault(pattern, ([[n, n + 1] for n in numbers], shape))
-        for reach, n in zip(ranges, numbers, strict=True):
-            reach[:] = [min(reach[0], n), max(reach[1], n + 1)]
-    packed = [[pattern, *ranges, shape] for pattern, (ranges, shape) in folded.items()]
+        pattern = re.sub(r"\.\d+(?=\.)", ".{}", name)
+        seen, _ = folded.setdefault(pattern, ([set() for _ in numbers], shape))
+        for known, n in zip(seen, numbers, strict=True):
+            known.add(n)
+    packed = []
+    for pattern, (seen, shape) in folded.items():
+        runs = [sorted(known) for known in seen]
+        steps = [run[1] - run[0] if len(run) > 1 else 1 for run in runs]
+        ranges = [[run[0], run[-1] + 1, step] for run, step in zip(runs, steps, strict=True)]
+        packed.append([pattern, *ranges, shape])
     assert dict(unpack(packed)) == dict(shapes)
     return packed
 
@@ -228,7 +320,7 @@ def pack(shapes: Mapping[str, list[int]]) -> list[Any]:
 def unpack(packed: list[Any]) -> Iterator[tuple[str, list[int]]]:
     """Yield the names and shapes of ``pack``."""
     for pattern, *ranges, shape in packed:
-        for numbers in product(*(range(first, end) for first, end in ranges)):
+        for numbers in product(*(range(*run) for run in ranges)):
             yield pattern.format(*numbers), shape
 
 
