@@ -39,6 +39,11 @@ def plan(ckpt: Checkpoint, layout: Layout) -> Planned:
             "DeepSpeed loads no frozen weights and buffers from universal checkpoints: load them "
             "from the base model"
         )
+    if len(source.training.groups) > 1:
+        source.note(
+            "under ZeRO-3, DeepSpeed gives every parameter group the settings of the first when it "
+            "loads a universal checkpoint: set weight decay and the like again after loading"
+        )
     files = [*_parameters(source), _optimizer(source), *_models(source)]
     files.append(plan_bytes("latest_universal", source.tag.encode()))
     return Planned((*files, *assets(ckpt)), tuple(source.notes))
