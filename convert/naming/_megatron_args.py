@@ -40,10 +40,11 @@ def megatron_args(
         args.setdefault("ffn_hidden_size", config["intermediate_size"])
     for more in (family.args, _rope(config), _router(family, config), saved_args(ckpt)):
         args |= more
+    if not args.get("multi_latent_attention"):
+        args["kv_channels"] = sizes.head_dim
     return args | {
         "group_query_attention": sizes.kv_heads != sizes.heads,
         "num_query_groups": sizes.kv_heads,
-        "kv_channels": sizes.head_dim,
         "padded_vocab_size": sizes.padded_vocab_size,
         "untie_embeddings_and_output_weights": not sizes.tied,
     }

@@ -165,4 +165,9 @@ def cuts_of(
             local[name] = (shape[0], shape[1] // world)
         else:
             local[name] = shape
-    return {name: placement_of(Facts(name, world, local, args)) for name in shapes}
+    found = {}
+    for name in shapes:
+        facts = Facts(name, world, local, args)
+        # gate and up are two pieces of a distributed checkpoint even on a single rank
+        found[name] = _fc1(facts) if ".linear_fc1." in name else placement_of(facts)
+    return found

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from ...errors import UnsupportedError
 from ..checkpoint import Tensors
@@ -87,7 +88,7 @@ def _scalars(container: Container) -> dict[str, object]:
     if isinstance(common, dict):
         inner = common.get("optimizer", common)
         if isinstance(inner, dict) and "param_groups" in inner:
-            found["param_groups"] = inner["param_groups"]
+            found["param_groups"] = _with_step(inner)
         if "param_state_sharding_type" in common:
             found["param_state_sharding_type"] = common["param_state_sharding_type"]
     key = next((k for k in container.objects if _GROUPS.match(k)), None)
@@ -96,3 +97,12 @@ def _scalars(container: Container) -> dict[str, object]:
         if isinstance(value, dict) and "param_groups" in value:
             found["param_groups"] = value["param_groups"]
     return found
+
+
+def _with_step(inner: Mapping[str, Any]) -> object:
+    """Parameter groups; the plain optimizers save one step beside them."""
+    groups, state = inner["param_groups"], inner.get("state")
+    step = state.get("common_step") if isinstance(state, dict) else None
+    if step is None or not isinstance(groups, list):
+        return groups
+    return [{"step": step, **g} if isinstance(g, dict) else g for g in groups]

@@ -69,7 +69,7 @@ def read_optimizer(files: Sequence[RankFile], parts: Sequence[RankPart], world: 
     try:
         for file in files:
             chunks = by_file[file.tp, file.pp, file.ep]
-            groups, states = _read_rank(file, chunks)
+            groups, states = _read_rank(file, chunks, world)
             scalars.setdefault("param_groups", groups)
             for state, tensors in states.items():
                 ranked.setdefault(state, []).extend(_per_chunk(chunks, tensors))
@@ -101,10 +101,11 @@ def _per_chunk(chunks: Sequence[RankPart], tensors: Mapping[str, LazyTensor]) ->
 
 
 def _read_rank(
-    file: RankFile, chunks: Sequence[RankPart]
+    file: RankFile, chunks: Sequence[RankPart], world: World
 ) -> tuple[list[object], dict[str, dict[str, LazyTensor]]]:
+    apart = world.sizes.ep > 1  # else experts are parameters like all others
     params = [
-        Param(f"{c.chunk}/{name}", t.shape, t.dtype, c.chunk, is_expert(canonical(name)))
+        Param(f"{c.chunk}/{name}", t.shape, t.dtype, c.chunk, apart and is_expert(canonical(name)))
         for c in chunks
         for name, t in c.tensors.items()
         if is_parameter(name)
@@ -114,7 +115,7 @@ def _read_rank(
     groups: list[object] = []
     for part in parts:
         inner = _inner(file, part)
-        groups += [_group(g) for g in inner.get("param_groups", ())]
+        groups += [_group(g, inner.get("state")) for g in inner.get("param_groups", ())]
     beside = file.path.parent / DISTRIBUTED
     if beside.is_file():
         return groups, _distributed(beside, params)
@@ -136,10 +137,15 @@ def _inner(file: RankFile, part: object) -> Mapping[str, Any]:
     return cast("Mapping[str, Any]", inner)
 
 
-def _group(group: object) -> object:
+def _group(group: object, state: object) -> object:
+    """Settings of a group; torch's own Adam counts steps per parameter, all alike."""
     if not isinstance(group, dict):
         return {}
-    return plain({k: v for k, v in group.items() if k != "params"})
+    found = plain({k: v for k, v in group.items() if k != "params"})
+    slots = state.values() if isinstance(state, dict) else ()
+    steps = (slot["step"] for slot in slots if isinstance(slot, dict) and "step" in slot)
+    step = plain(next(steps, None))
+    return found if step is None or "step" in found else {**found, "step": step}
 
 
 def _shares(file: RankFile, params: list[Param], count: int) -> list[list[Param]]:

@@ -322,7 +322,7 @@ def test_plain_mixed_precision_optimizer(tmp_path: Path, experts: int) -> None:
         assert np.array_equal(values(ckpt.optimizer["exp_avg"][name]), (t * 2).numpy()), name
         assert np.array_equal(values(ckpt.optimizer["exp_avg_sq"][name]), (t * t).numpy()), name
         assert np.array_equal(values(ckpt.optimizer["master"][name]), (t + 1).numpy()), name
-    assert ckpt.scalars["param_groups"][0] == {"wd_mult": 1.0, "lr": 0.1}
+    assert ckpt.scalars["param_groups"][0] == {"wd_mult": 1.0, "lr": 0.1, "step": 3}
 
 
 @pytest.mark.parametrize("experts", [0, 4], ids=["dense", "with experts"])
