@@ -6,6 +6,7 @@ OCDBT is a database in its own compressed B-tree format; tensorstore is its only
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def open_store(folder: Path, name: str, *, ocdbt: bool, zarr3: bool) -> TensorSt
         FormatError: it cannot open the array.
     """
     try:
-        import tensorstore
+        tensorstore = import_module("tensorstore")
     except ImportError as e:
         kind = "OCDBT" if ocdbt else "zarr3"
         raise UnsupportedError(

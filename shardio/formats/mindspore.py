@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import BinaryIO
@@ -147,8 +148,11 @@ def _tensors(source: FileSource) -> Iterator[tuple[str, LazyTensor]]:
         if len(values) == 1:
             yield tag, Chunked.contiguous(source, first.offset, shape, dtype)
             continue
-        runs: list[Run] = [(source, v.offset, v.size // dtype.itemsize) for v in values]
-        yield tag, from_runs(shape, dtype, lambda r=runs: r)
+        yield tag, from_runs(shape, dtype, partial(_runs, source, values, dtype.itemsize))
+
+
+def _runs(source: FileSource, values: list[_Value], itemsize: int) -> list[Run]:
+    return [(source, v.offset, v.size // itemsize) for v in values]
 
 
 def _values(source: FileSource) -> Iterator[_Value]:

@@ -16,6 +16,8 @@ from mconv.shardio.tensor import from_array
 
 from .formats.torch_cases import assert_equals_truth, load_truth, writable_copy
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # of peft and transformers
+
 
 def test_equals_truth(fixtures_dir: Path) -> None:
     folder = fixtures_dir / "torch" / "peft_lora"
