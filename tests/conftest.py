@@ -6,6 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("mconv", deadline=None)  # the machines that run this are noisy
+settings.load_profile("mconv")
 
 ROOT = Path(__file__).resolve().parent.parent
 
