@@ -84,13 +84,13 @@ def _scalars(container: Container) -> dict[str, object]:
     schedule = container.common.get("opt_param_scheduler")
     if schedule is not None:
         found["opt_param_scheduler"] = plain(schedule)
-    common = plain(container.common.get("optimizer"))
-    if isinstance(common, dict):
-        inner = common.get("optimizer", common)
-        if isinstance(inner, dict) and "param_groups" in inner:
-            found["param_groups"] = _with_step(inner)
-        if "param_state_sharding_type" in common:
-            found["param_state_sharding_type"] = common["param_state_sharding_type"]
+    groups: list[object] = []
+    for part in _chained(plain(container.common.get("optimizer"))):
+        groups += _groups_of(part)
+        if "param_state_sharding_type" in part:
+            found["param_state_sharding_type"] = part["param_state_sharding_type"]
+    if groups:
+        found["param_groups"] = groups
     key = next((k for k in container.objects if _GROUPS.match(k)), None)
     if key is not None and "param_groups" not in found:
         value = plain(object_of(container, key))
@@ -99,10 +99,20 @@ def _scalars(container: Container) -> dict[str, object]:
     return found
 
 
-def _with_step(inner: Mapping[str, Any]) -> object:
+def _chained(common: object) -> list[dict[str, Any]]:
+    """The optimizers of a run: one, or numbered ones for dense parameters and experts."""
+    if not isinstance(common, dict):
+        return []
+    numbered = [v for k, v in sorted(common.items()) if k.isdigit() and isinstance(v, dict)]
+    return numbered or [common]
+
+
+def _groups_of(part: Mapping[str, Any]) -> list[object]:
     """Parameter groups; the plain optimizers save one step beside them."""
-    groups, state = inner["param_groups"], inner.get("state")
+    inner = part.get("optimizer", part)
+    groups = inner.get("param_groups") if isinstance(inner, dict) else None
+    if not isinstance(groups, list):
+        return []
+    state = inner.get("state")
     step = state.get("common_step") if isinstance(state, dict) else None
-    if step is None or not isinstance(groups, list):
-        return groups
-    return [{"step": step, **g} if isinstance(g, dict) else g for g in groups]
+    return groups if step is None else [{"step": step, **g} for g in groups if isinstance(g, dict)]
