@@ -19,6 +19,8 @@ from .errors import MconvError, did_you_mean
 _COMMANDS = {
     "demo": "Train, merge, export, quantize and prove a tiny model on this machine.",
     "inspect": "Show what a checkpoint is: format, layout, tensors, what is missing.",
+    "check": "Tell whether and how a checkpoint becomes GGUF, and all that is in the way.",
+    "archs": "List the architectures that can become GGUF.",
     "reshard": "Merge or reshard a checkpoint into another layout.",
     "to-gguf": "Convert a checkpoint of any layout to GGUF.",
     "quantize": "Quantize a GGUF model to one or several types.",
