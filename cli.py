@@ -25,6 +25,7 @@ _COMMANDS = {
     "to-gguf": "Convert a checkpoint of any layout to GGUF.",
     "quantize": "Quantize a GGUF model to one or several types.",
     "roundtrip": "Prove that a chain of conversions loses nothing.",
+    "ollama": "Install models into Ollama, prove their prompts, verify, bundle, lint.",
     "modelfile": "Make a Modelfile with a proven prompt template, or check one.",
     "diff": "Compare two checkpoints of any formats, tensor by tensor.",
 }

@@ -82,6 +82,8 @@ def check_parameters(values: Mapping[str, ParameterValue]) -> None:
     for name, value in values.items():
         if value == ():
             raise ConfigError(f"parameter {name}: there is no text")
+        if isinstance(value, str):
+            raise ConfigError(f"parameter {name}: {value!r} is text, expected a number")
         texts = value if isinstance(value, tuple) else (format_parameter(value),)
         for text in texts:
             if not isinstance(text, str):

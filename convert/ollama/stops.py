@@ -55,13 +55,12 @@ def _in_cue(token: str, shape: ChatShape) -> bool:
 
 
 def special_tokens(text: str, specials: Collection[str] | None) -> list[str]:
-    """Return the special tokens of a text in order: those known, or all that look so."""
-    if specials is None:
-        return _SPECIAL.findall(text)
-    known = sorted((s for s in specials if s and s in text), key=len, reverse=True)
-    if not known:
-        return []
-    return re.findall("|".join(map(re.escape, known)), text)
+    """Return the special tokens of a text in order: those known, and all that look so.
+
+    A text such as ``<|im_end|>`` ends turns even where the vocabulary has no one token for it.
+    """
+    known = sorted((s for s in specials or () if s and s in text), key=len, reverse=True)
+    return re.findall("|".join([*map(re.escape, known), _SPECIAL.pattern]), text)
 
 
 def _first_free(text: str, inner: Collection[str], specials: Collection[str] | None) -> str:

@@ -1,0 +1,116 @@
+"""Installation over HTTP: against a server that keeps the API's contract, and a real one if set."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from mconv.convert.ollama.build import Wishes
+from mconv.convert.ollama.install import install
+from mconv.convert.ollama.names import parse_name
+from mconv.convert.ollama.server import Server, ServerError
+from mconv.convert.ollama.store import hash_file
+from mconv.errors import ConfigError
+
+sys.path.insert(0, str(Path(__file__).parent))
+import chats
+import models
+from fake_server import State, fake_server
+
+NAME = parse_name("mconv-test:tiny")
+WISHES = Wishes(source="x", system="Be brief.", parameters={"seed": 3})
+
+
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return models.chat_gguf(tmp_path_factory.mktemp("model") / "chat.gguf", chats.CHATML)
+
+
+@pytest.fixture
+def fake() -> Iterator[tuple[Server, State]]:
+    with fake_server() as (url, state):
+        yield Server(url), state
+
+
+def test_install_and_read_back(gguf: Path, fake: tuple[Server, State]) -> None:
+    server, state = fake
+    done = install(gguf, NAME, server, WISHES)
+    body = state.models["mconv-test:tiny"]
+    assert body["files"] == {"model.gguf": hash_file(gguf)}
+    assert state.blobs[done.digest] == gguf.read_bytes()
+    assert body["parameters"] == {"num_ctx": 256, "seed": 3, "stop": ["<|im_end|>", "</s>"]}
+    assert body["system"] == "Be brief."
+    assert "the server renders 10 of 10 prompts as the model's own template" in done.checks
+    assert {"template read back", "system read back"} <= set(done.checks)
+    assert server.tags() == ["mconv-test:tiny"]
+
+
+def test_a_second_run_sends_no_blob(gguf: Path, fake: tuple[Server, State]) -> None:
+    server, state = fake
+    install(gguf, NAME, server, WISHES)
+    state.requests.clear()
+    done = install(gguf, NAME, server, WISHES)
+    assert "weights were there already" in done.checks
+    assert not [r for r in state.requests if r.startswith("POST /api/blobs")]
+
+
+def test_a_checkpoint_over_http(gguf: Path, fake: tuple[Server, State]) -> None:
+    server, state = fake
+    done = install(gguf.with_suffix(""), NAME, server, WISHES, quantize="q8_0")
+    assert state.blobs[done.digest][:4] == b"GGUF"
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("blob", "refuses blob .* 400 digest mismatch"),
+        ("create", "create fails: llama-quantize: unknown architecture"),
+        ("cut", "ended without success; the last was 'writing manifest'"),
+    ],
+)
+def test_failures(gguf: Path, fake: tuple[Server, State], fault: str, message: str) -> None:
+    server, state = fake
+    state.fault = fault
+    with pytest.raises(ServerError, match=message):
+        install(gguf, NAME, server, WISHES)
+
+
+@pytest.mark.parametrize(
+    ("fault", "warning"),
+    [
+        ("template", "shows another template"),
+        ("prompt", "prompt differs in conversation 'one question'"),
+        ("old", "cannot show its prompts"),
+    ],
+)
+def test_surprises_are_told(
+    gguf: Path, fake: tuple[Server, State], fault: str, warning: str
+) -> None:
+    server, state = fake
+    state.fault = fault
+    assert warning in " ".join(install(gguf, NAME, server, WISHES).warnings)
+
+
+def test_no_server() -> None:
+    with pytest.raises(ServerError, match="is `ollama serve` running"):
+        Server("127.0.0.1:9").version()
+
+
+@pytest.mark.parametrize("url", ["ftp://x", "http://", ""])
+def test_bad_addresses(url: str) -> None:
+    with pytest.raises(ConfigError):
+        Server(url)
+
+
+@pytest.mark.skipif("OLLAMA_HOST" not in os.environ, reason="OLLAMA_HOST names no server")
+def test_a_real_server(gguf: Path) -> None:
+    server = Server(os.environ["OLLAMA_HOST"])
+    try:
+        done = install(gguf, NAME, server, WISHES)
+        assert "mconv-test:tiny" in server.tags()
+        assert {"template read back", "system read back"} <= set(done.checks)
+    finally:
+        server.delete(str(NAME))
