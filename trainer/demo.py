@@ -16,6 +16,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..convert.llamacpp import have_llamacpp
+from ..convert.ollama.build import Wishes, make_modelfile
+from ..convert.ollama.facts import facts_of
+from ..convert.ollama.modelfile_values import emit
 from ..convert.quantize import quantize_gguf
 from ..convert.reshard import reshard
 from ..convert.to_gguf import to_gguf
@@ -244,7 +247,9 @@ class _Demo:
         self._done("to-gguf", exact.name)
         quantize_gguf(exact, self.folder / f"{_NAME}-{{type}}.gguf", TARGETS)
         self._done("quantize", ", ".join(path.name for path in small))
-        (self.folder / _MODELFILE).write_text(modelfile(small[0].name), encoding="utf-8")
+        wishes = Wishes(source=f"./{small[0].name}", context=0, parameters={"temperature": 0.0})
+        text = emit(make_modelfile(facts_of(small[0]), wishes).modelfile)
+        (self.folder / _MODELFILE).write_text(text, encoding="utf-8")
         self._done(_MODELFILE, f"FROM ./{small[0].name}")
 
     def _prove(self, shards: Path) -> str:
@@ -279,17 +284,3 @@ class _Demo:
     def _proven(self, proof: Proof) -> None:
         self.proofs.append(proof)
         self.tell(proof)
-
-
-def modelfile(gguf: str) -> str:
-    """Return the Modelfile of a model that was trained on plain text and has no chat format.
-
-    Args:
-        gguf: name of the file beside it.
-    """
-    return (
-        f"FROM ./{gguf}\n"
-        'TEMPLATE "{{ .Prompt }}"\n'
-        'PARAMETER stop "</s>"\n'
-        "PARAMETER temperature 0\n"
-    )

@@ -112,13 +112,13 @@ def emit(modelfile: Modelfile, comments: Sequence[str] = ()) -> str:
     for name in _SINGLE:
         value = getattr(modelfile, name)
         if value is not None:
-            lines.append(f"{name.upper()} {quoted(value, name.upper())}")
+            lines.append(f"{name.upper()} {_in_quotes(value, name.upper())}")
     lines += list(_parameter_lines(modelfile.parameters))
     for role, content in modelfile.messages:
         if role not in ROLES:
             raise ConfigError(f"MESSAGE: role {role!r} is not one of {', '.join(ROLES)}")
-        lines.append(f"MESSAGE {role} {quoted(content, 'MESSAGE')}")
-    lines += [f"LICENSE {quoted(text, 'LICENSE')}" for text in modelfile.licenses]
+        lines.append(f"MESSAGE {role} {_in_quotes(content, 'MESSAGE')}")
+    lines += [f"LICENSE {_in_quotes(text, 'LICENSE')}" for text in modelfile.licenses]
     text = "\n".join(lines) + "\n"
     assert interpret(parse(text)) == modelfile, "the emitted Modelfile reads back differently"
     return text
@@ -128,13 +128,13 @@ def _parameter_lines(parameters: Mapping[str, ParameterValue]) -> list[str]:
     lines = []
     for name, value in sorted(parameters.items()):
         if isinstance(value, tuple):
-            # always quoted: a stop string is easier to read with its blanks visible
-            lines += [f"PARAMETER {name} {_in_quotes(text)}" for text in value]
+            lines += [f"PARAMETER {name} {_in_quotes(text, 'PARAMETER stop')}" for text in value]
         else:
             lines.append(f"PARAMETER {name} {format_parameter(value)}")
     return lines
 
 
-def _in_quotes(text: str) -> str:
-    form = quoted(text, "PARAMETER stop")
+def _in_quotes(text: str, instruction: str) -> str:
+    """Return a text in quotes where that is possible: blanks at its ends stay visible."""
+    form = quoted(text, instruction)
     return form if form.startswith('"') or '"' in text else f'"{text}"'
