@@ -123,7 +123,7 @@ def vocab_size_of(ckpt: Checkpoint, tokenizer: Path | None = None) -> int | None
             return int(
                 SentencePieceProcessor(model_file=str(files["tokenizer.model"])).vocab_size()
             )
-        except (OSError, RuntimeError) as e:
+        except (OSError, RuntimeError, UnicodeDecodeError) as e:
             raise ConfigError(f"{files['tokenizer.model']}: not a sentencepiece model ({e})") from e
     return None
 
@@ -135,5 +135,5 @@ def _tokenizer_json_size(path: Path) -> int:
         ids = [*vocab.values()] if isinstance(vocab, dict) else list(range(len(vocab)))
         ids += [t["id"] for t in data.get("added_tokens", [])]
         return int(max(ids)) + 1
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, AttributeError) as e:
         raise ConfigError(f"{path}: not a tokenizer.json ({e})") from e

@@ -145,7 +145,7 @@ def is_index(path: Path) -> bool:
                 return False
             file.seek(size - 8)
             return int.from_bytes(file.read(8), "little") == MAGIC
-    except OSError:
+    except (OSError, ValueError):  # a name from a damaged file may hold a null byte
         return False
 
 

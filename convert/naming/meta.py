@@ -100,6 +100,9 @@ def settings(ckpt: Checkpoint) -> Settings:
     if not all(type(params.get(k)) is int for k in ("dim", "n_layers", "n_heads")):
         return {}
     dim, heads = params["dim"], params["n_heads"]
+    for key in ("n_kv_heads", "head_dim", "norm_eps", "rope_theta"):
+        if not isinstance(params.get(key), int | float | None):
+            raise ConfigError(f"{ckpt.path}: {key} is {params[key]!r}, a number is needed")
     moe = params.get("moe")
     width = next((t.shape[0] for n, t in ckpt.weights.items() if n.endswith("w1.weight")), None)
     if width is None or heads < 1:

@@ -59,7 +59,10 @@ def _decoder(tokenizer: BpeTokenizer) -> Callable[[str], str]:
         return _byte_level_text
     from tokenizers import Tokenizer
 
-    library = Tokenizer.from_file(tokenizer.path)
+    try:
+        library = Tokenizer.from_file(tokenizer.path)
+    except Exception as error:  # the library raises nothing more exact
+        raise ConfigError(f"{tokenizer.path}: tokenizers cannot load it ({error})") from error
 
     def decode(text: str) -> str:
         ids = library.encode(text, add_special_tokens=False).ids

@@ -76,6 +76,10 @@ def load_bpe(files: TokenizerFiles) -> BpeTokenizer:
         vocab, merges = model["vocab"], _merges(path, model.get("merges") or [])
     else:
         document, (path, vocab, merges) = {}, _two_files(files)
+    if not all(type(index) is int and index >= 0 for index in vocab.values()):
+        raise ConfigError(f"{path}: the vocabulary holds ids that are no whole numbers")
+    if not all(isinstance(merge, str) for merge in merges):
+        raise ConfigError(f"{path}: merges are neither strings nor pairs of strings")
     added = {token.id: token for token in _added(path, document, settings, files)}
     found = BpeTokenizer(path, vocab, merges, added, document, settings)
     return _name_specials(found)
@@ -109,8 +113,12 @@ def _added(
     files: TokenizerFiles,
 ) -> list[AddedToken]:
     """Return the added tokens of all places; an id that comes twice keeps its first entry."""
-    raw: list[tuple[object, Any]] = [(t.get("id"), t) for t in document.get("added_tokens") or ()]
-    raw += list((settings.get("added_tokens_decoder") or {}).items())
+    listed: Any = document.get("added_tokens") or []
+    decoder: Any = settings.get("added_tokens_decoder") or {}
+    if not isinstance(decoder, dict) or not all(isinstance(t, dict) for t in listed):
+        raise ConfigError(f"{path}: the added tokens are not listed as objects")
+    raw: list[tuple[object, Any]] = [(t.get("id"), t) for t in listed]
+    raw += list(decoder.items())
     if not document:
         listed = files.json("added_tokens.json") or {}
         raw += [(index, {"content": text, "normalized": True}) for text, index in listed.items()]

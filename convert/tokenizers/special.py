@@ -126,7 +126,8 @@ def _first(pair: object, otherwise: str | None) -> str | None:
 
 
 def _special(item: Mapping[str, Any]) -> str | None:
-    return token_text((item.get("SpecialToken") or {}).get("id"))
+    token = item.get("SpecialToken") if isinstance(item, Mapping) else None
+    return token_text(token.get("id")) if isinstance(token, Mapping) else None
 
 
 def _read_template(state: _State, step: Mapping[str, Any]) -> None:

@@ -75,7 +75,7 @@ def _read_model(path: Path) -> Pieces:
     model = SentencePieceProcessor()
     try:
         model.LoadFromFile(str(path))
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, UnicodeDecodeError) as error:
         raise FormatError(f"{path}: is not a SentencePiece model: {error}") from error
     ids = range(model.vocab_size())
     types = [TokenType.NORMAL] * len(ids)
@@ -90,7 +90,11 @@ def _read_model(path: Path) -> Pieces:
             if ask(index):
                 types[index] = kind
     scores = np.array([model.GetScore(i) for i in ids], np.float32)
-    return [model.IdToPiece(i) for i in ids], scores, [int(kind) for kind in types]
+    try:
+        pieces = [model.IdToPiece(i) for i in ids]
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{path}: holds a piece that is not UTF-8: {error}") from error
+    return pieces, scores, [int(kind) for kind in types]
 
 
 def _added(files: TokenizerFiles, *, plain: bool) -> list[tuple[int, str, int]]:
@@ -99,17 +103,22 @@ def _added(files: TokenizerFiles, *, plain: bool) -> list[tuple[int, str, int]]:
     for text, index in (files.json("added_tokens.json") or {}).items():
         found.append((_id(files, index), text, int(TokenType.USER_DEFINED)))
     settings: Mapping[str, Any] = files.json("tokenizer_config.json") or {}
-    tokens = list((settings.get("added_tokens_decoder") or {}).items())
+    added = settings.get("added_tokens_decoder") or {}
+    if not isinstance(added, Mapping):
+        raise ConfigError(f"{files.folder}: added_tokens_decoder is no JSON object")
+    tokens = list(added.items())
     if plain:
         document: Mapping[str, Any] = files.json("tokenizer.json") or {}
         tokens += [(token.get("id"), token) for token in document.get("added_tokens") or ()]
     for index, token in tokens:
-        text = token["content"]
-        if token.get("special") or (not plain and looks_special(text)):
-            found.append((_id(files, index), text, int(TokenType.CONTROL)))
+        content = token.get("content") if isinstance(token, Mapping) else None
+        if not isinstance(content, str):
+            raise ConfigError(f"{files.folder}: the added token {index} has no content")
+        if token.get("special") or (not plain and looks_special(content)):
+            found.append((_id(files, index), content, int(TokenType.CONTROL)))
         else:
             # user-defined tokens are matched against text in which spaces are still spaces
-            text = text if plain else text.replace("\u2581", " ")
+            text = content if plain else content.replace("\u2581", " ")
             found.append((_id(files, index), text, int(TokenType.USER_DEFINED)))
     return found
 
