@@ -53,13 +53,15 @@ class Case:
         folder: where it is.
         config: a config.json to give, or None.
         vocab_size: option for padded vocabularies.
-        gguf: plan a GGUF too (it has a tokenizer).
+        gguf: plan a GGUF too.
+        tokenizer: where its tokenizer is, if not in it.
     """
 
     folder: Path
     config: Path | None = None
     vocab_size: int | None = None
     gguf: bool = False
+    tokenizer: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -85,9 +87,10 @@ def find_cases(fixtures: Path) -> list[Case]:
             vocab_size = 317 if "megatron" in pattern else None
             found.append(Case(folder, config if config.exists() else None, vocab_size))
     trained = ROOT / "tests" / "fixtures" / "trained"
-    for name in ("hf", "zero3"):
-        if (trained / name).exists():
-            found.append(Case(trained / name, trained / "hf" / "config.json", gguf=True))
+    if trained.exists():
+        hf = trained / "hf"
+        found.append(Case(hf, gguf=True))
+        found.append(Case(trained / "zero3", hf / "config.json", gguf=True, tokenizer=hf))
     return found
 
 
@@ -108,9 +111,8 @@ def examine(folder: Path, case: Case, target: Path) -> str:
             if (left := left - tensor.nbytes) > 0:
                 tensor.read()
         if case.gguf:
-            tokenizer = folder if (folder / "tokenizer.model").exists() else case.config
-            place = tokenizer.parent if tokenizer and tokenizer.is_file() else tokenizer
-            to_gguf(ckpt, target.with_suffix(".gguf"), "q8_0", tokenizer=place, dry_run=True)
+            out = target.with_suffix(".gguf")
+            to_gguf(ckpt, out, "q8_0", tokenizer=case.tokenizer, dry_run=True)
     except MconvError as e:
         assert str(e).strip(), "an empty message"
         assert "Traceback" not in str(e), e
@@ -173,13 +175,16 @@ def try_one(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--fixtures", type=Path, default=ROOT.parent / "shared" / "fixtures")
+    parser.add_argument("--extra", type=Path, action="append", default=[],
+                        help="a Hugging Face model to damage too")  # fmt: skip
     parser.add_argument("--only", default="", help="part of the path of the checkpoints to damage")
     parser.add_argument("--mutants", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=10.0, help="CPU time of one mutant")
     parser.add_argument("--debug", action="store_true")
     options = parser.parse_args()
-    cases = [c for c in find_cases(options.fixtures) if options.only in str(c.folder)]
+    cases = find_cases(options.fixtures) + [Case(folder, gguf=True) for folder in options.extra]
+    cases = [c for c in cases if options.only in str(c.folder)]
     outcomes: Counter[str] = Counter()
     started, worst = time.monotonic(), 0.0
     problems: Counter[str] = Counter()

@@ -12,11 +12,31 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "benchmarks"))
-from fuzz import examine, find_cases, try_one
+sys.path.insert(0, str(Path(__file__).parent.parent / "convert"))
+import tiny
+from fuzz import Case, examine, find_cases, try_one
 from harness import TRAINED, copy
 from mutations import MUTATIONS, files_of
 
 MUTANTS, PARTS = 280, 4
+
+
+@pytest.fixture
+def bpe(data_dir: Path, tmp_path: Path) -> Case:
+    """The trained model with a tokenizer.json of as many tokens."""
+    folder = copy(TRAINED / "hf", tmp_path / "bpe")
+    vocab = data_dir / "vocab" / "ggml-vocab-llama-bpe.gguf"
+    assert tiny.save_bpe(vocab, folder, 632) == 640
+    (folder / "tokenizer.model").unlink()
+    return Case(folder, gguf=True)
+
+
+def test_damaged_configs_and_tokenizers(bpe: Case, tmp_path: Path) -> None:
+    assert examine(bpe.folder, bpe, tmp_path / "out") == "read"
+    (tmp_path / "work").mkdir()
+    for seed in range(150):
+        _, finding = try_one(seed, [bpe, Case(TRAINED / "hf", gguf=True)], tmp_path / "work", 10)
+        assert finding is None, finding
 
 
 @pytest.mark.parametrize("part", range(PARTS))
