@@ -18,12 +18,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe import moe_utils
+from torch.overrides import TorchFunctionMode
 
 
 def start(args: Namespace) -> None:
@@ -144,8 +148,18 @@ def logits_of(chunks: list[GPTModel], tokens: torch.Tensor) -> torch.Tensor | No
     return gather_from_tensor_model_parallel_region(out)
 
 
-def run(job: dict[str, Any], rank: int, world: int) -> None:
-    """Load one checkpoint and save its logits."""
+def rank_folder(args: Namespace) -> str:
+    """``mp_rank_...`` of this process."""
+    name = f"mp_rank_{parallel_state.get_tensor_model_parallel_rank():02d}"
+    if args.pipeline_model_parallel_size > 1:
+        name += f"_{parallel_state.get_pipeline_model_parallel_rank():03d}"
+    if args.expert_model_parallel_size > 1:
+        name += f"_{parallel_state.get_expert_model_parallel_rank():03d}"
+    return name
+
+
+def run(job: dict[str, Any]) -> None:
+    """Load one checkpoint and save its logits, or the losses of further training."""
     folder = Path(job["folder"])
     legacy = job["format"] == "megatron"
     first = sorted(folder.glob("mp_rank_*/model_optim_rng.pt"))[0] if legacy else None
@@ -154,33 +168,120 @@ def run(job: dict[str, Any], rank: int, world: int) -> None:
         setattr(args, key, value)
     start(args)
     chunks = build(args)
-    if legacy:
-        name = f"mp_rank_{parallel_state.get_tensor_model_parallel_rank():02d}"
-        if args.pipeline_model_parallel_size > 1:
-            name += f"_{parallel_state.get_pipeline_model_parallel_rank():03d}"
-        if args.expert_model_parallel_size > 1:
-            name += f"_{parallel_state.get_expert_model_parallel_rank():03d}"
-        load_legacy(chunks, torch.load(folder / name / "model_optim_rng.pt", weights_only=False))
+    tokens = torch.tensor([job["tokens"]])
+    own = folder / rank_folder(args)
+    if "steps" in job:
+        result: Any = train(job, args, chunks[0], own if legacy else folder, tokens)
     else:
-        load_dist(chunks, folder)
-    logits = logits_of(chunks, torch.tensor([job["tokens"]]))
-    if logits is not None and rank == world - 1:
-        torch.save(logits, job["out"])
+        if legacy:
+            load_legacy(chunks, torch.load(own / "model_optim_rng.pt", weights_only=False))
+        else:
+            load_dist(chunks, folder)
+        result = logits_of(chunks, tokens)
+    if result is not None and dist.get_rank() == dist.get_world_size() - 1:
+        torch.save(result, job["out"])
     dist.barrier()
     parallel_state.destroy_model_parallel()
+
+
+def train(
+    job: dict[str, Any], args: Namespace, model: GPTModel, folder: Path, tokens: torch.Tensor
+) -> list[float]:
+    """Resume with the optimizer and train on; returns the losses."""
+    zero = args.use_distributed_optimizer
+    ddp = DistributedDataParallel(
+        model.config, DistributedDataParallelConfig(use_distributed_optimizer=zero), model
+    )
+    settings = OptimizerConfig(
+        optimizer="adam", lr=0.5, weight_decay=0.3, clip_grad=0.0, use_distributed_optimizer=zero
+    )  # what is wrong here must come out of the checkpoint
+    optimizer = get_megatron_optimizer(settings, [ddp])
+    if job["format"] == "megatron":
+        root = torch.load(folder / "model_optim_rng.pt", weights_only=False)
+        model.load_state_dict(root["model"], strict=True)
+        if job["optimizer"]:
+            optimizer.load_state_dict(root["optimizer"])
+            if zero:
+                optimizer.load_parameter_state(str(folder / "distrib_optim.pt"))
+    else:
+        step(ddp, optimizer, tokens)  # torch's Adam makes its state in the first step
+        content = dist_checkpointing.load_content_metadata(str(folder))
+        content["distrib_optim_fully_reshardable_mem_efficient"] = True  # gathers through gloo
+        whole = model.sharded_state_dict(metadata=content)
+        state: dict[str, Any] = {"model": model.sharded_state_dict(metadata=content)}
+        state["optimizer"] = optimizer.sharded_state_dict(whole, is_loading=True, metadata=content)
+        state = dist_checkpointing.load(state, str(folder))
+        model.load_state_dict(state["model"], strict=True)
+        optimizer.load_state_dict(state["optimizer"])
+    own_steps(optimizer)
+    if not job["optimizer"]:
+        optimizer.reload_model_params()
+        for group in optimizer.param_groups:
+            group["lr"] = job["lr"]
+    return [step(ddp, optimizer, tokens) for _ in range(job["steps"])]
+
+
+def step(ddp: Any, optimizer: Any, tokens: torch.Tensor) -> float:
+    """One update; returns the loss before it."""
+    length = tokens.shape[1] - 1
+    mask = torch.ones(1, 1, length, length).triu(1).bool()
+    ddp.zero_grad_buffer()
+    optimizer.zero_grad()
+    positions = torch.arange(length)[None]
+    loss = ddp(tokens[:, :-1], positions, mask, labels=tokens[:, 1:]).mean()
+    loss.backward()
+    ddp.finish_grad_sync()
+    optimizer.step()
+    return loss.item()
+
+
+def own_steps(optimizer: Any) -> None:
+    """Core 0.16 loads one step tensor for all parameters, and torch's Adam counts it up for each."""
+    for one in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for state in one.optimizer.state.values():
+            state["step"] = state["step"].clone()
+
+
+class OnCpu(TorchFunctionMode):
+    """Makes on the CPU what Megatron asks a GPU for."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = "cpu"
+        return func(*args, **kwargs)
+
+
+def patch() -> None:
+    """Let core 0.16 run on the CPU, with torch's own Adam and without Transformer Engine."""
+    # dropout asks for CUDA's random states even when it drops nothing
+    CudaRNGStatesTracker.fork = lambda self, name="": contextlib.nullcontext()
+    torch.cuda.current_device = lambda: torch.device("cpu")
+    torch.Tensor.cuda = lambda self, *_, **__: self
+    names = {torch.float32: "torch.cuda.FloatTensor", torch.bfloat16: "torch.cuda.BFloat16Tensor"}
+    torch.Tensor.type = lambda self, dtype=None: self.to(dtype) if dtype else names[self.dtype]
+    moe_utils.te_general_gemm = None  # forgotten where Transformer Engine is missing
+    place = DistributedOptimizer._set_main_param_and_optimizer_states
+
+    def with_step(self: Any, parameter: Any, tensors: dict[str, Any]) -> None:
+        """Forgotten: torch's own Adam has a step, which ``load_state_dict`` has set."""
+        with torch.no_grad():  # fp32 parameters are their own masters
+            known = self._get_main_param_and_optimizer_states(parameter)["step"].clone()
+            place(self, parameter, {"step": known, **tensors})
+
+    DistributedOptimizer._set_main_param_and_optimizer_states = with_step
 
 
 def main() -> None:
     """Run all jobs in one group of processes."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo", rank=rank, world_size=world)
-    # dropout asks for CUDA's random states even when it drops nothing
-    CudaRNGStatesTracker.fork = lambda self, name="": contextlib.nullcontext()
-    torch.cuda.current_device = lambda: torch.device("cpu")
-    torch.Tensor.cuda = lambda self, *_, **__: self
-    moe_utils.te_general_gemm = None  # core 0.16 forgets it without Transformer Engine
-    for job in json.loads(sys.argv[1]):
-        run(job, rank, world)
+    patch()
+    with OnCpu():
+        for job in json.loads(sys.argv[1]):
+            run(job)
 
 
 if __name__ == "__main__":
