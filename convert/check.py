@@ -24,8 +24,7 @@ from ..shardio.tensor import LazyTensor
 from .architectures import Architecture, complete_config, find_architecture, match_tensors
 from .gguf_plan import PlannedTensor
 from .prepare import prepare
-from .reshard import opened
-from .to_gguf import GgufReport, to_gguf
+from .to_gguf import GgufReport, open_source, to_gguf
 from .tokenizers import TokenType, Vocabulary, find_tokenizer, load_vocabulary
 
 _F16_MAX = 65504.0
@@ -137,7 +136,7 @@ def check_model(
         MconvError: the checkpoint cannot be opened at all.
     """
     folder = Path(tokenizer) if tokenizer is not None else None
-    ckpt = opened(src, config)
+    ckpt = open_source(src, config)
     seen = _Findings()
     ready = seen.attempt(
         lambda: prepare(

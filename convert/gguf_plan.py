@@ -7,8 +7,9 @@ type asked for. Any other type is a mix: the recipes choose, as if a 16-bit file
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import ml_dtypes
@@ -22,6 +23,7 @@ from ..shardio.tensor import LazyTensor
 from .architectures import MappedTensor
 from .gguf import TensorSpec
 from .gguf.files import OutTensor
+from .gguf.tensors import BlockTensor
 from .imatrix import ImportanceMatrix
 from .quant_plan import (
     ORDINARY,
@@ -35,6 +37,9 @@ from .quant_plan import (
 
 #: Output types that need no recipe, with their ``general.file_type``.
 FILE_TYPES: Mapping[str, int] = {"F32": 0, "F16": 1, "BF16": 32, "Q8_0": 7}
+
+#: ``general.file_type`` of 16-bit and F32 files whose experts stay in MXFP4.
+MXFP4_FILE_TYPE = 38
 
 _FLOAT32 = np.dtype(np.float32)
 _FLOAT16 = np.dtype(np.float16)
@@ -133,10 +138,13 @@ def plan_outputs(
         for t in types
     ]
     native = native_type(mapped)
-    sources = [SourceTensor(m.name, m.name, _choose(m, native), m.tensor) for m in mapped]
+    sources = [
+        SourceTensor(m.name, m.name, _choose(m, native), m.tensor, _blocks(m)) for m in mapped
+    ]
     mixes = [t for t in wanted if isinstance(t, Target)]
     planned: list[TargetPlan] = []
     if mixes:
+        recipe = _keeping_blocks(recipe, mapped)
         planned = plan_targets(sources, mixes, facts, recipe, matrix, care=care)
     plans = iter(planned)
     outputs = []
@@ -147,6 +155,12 @@ def plan_outputs(
         else:
             outputs.append(_plain(mapped, kind))
     return outputs
+
+
+def _keeping_blocks(recipe: RecipeOptions, mapped: Sequence[MappedTensor]) -> RecipeOptions:
+    """Return the recipe with tensors that come in blocks left as they are, unless it says more."""
+    kept = [(f"^{re.escape(m.name)}$", m.stored.kind.name) for m in mapped if m.stored is not None]
+    return replace(recipe, tensor_types=(*recipe.tensor_types, *kept))
 
 
 def _plain(mapped: Sequence[MappedTensor], kind: GgmlType) -> Output:
@@ -181,7 +195,13 @@ def _planned(one: MappedTensor, kind: GgmlType) -> PlannedTensor:
     return PlannedTensor(one.name, one.hf, shape, kind, nbytes, one.tensor)
 
 
+def _blocks(one: MappedTensor) -> LazyTensor | None:
+    return one.stored.blocks if one.stored is not None else None
+
+
 def _choose(one: MappedTensor, target: GgmlType) -> GgmlType:
+    if one.stored is not None:
+        return one.stored.kind
     flat = one.tensor.ndim <= 1 or one.name.endswith("_norm.weight")
     if flat or one.keep_f32 or not one.name.endswith(".weight"):
         return type_by_name("F32")
@@ -193,6 +213,8 @@ def _choose(one: MappedTensor, target: GgmlType) -> GgmlType:
 def payload(planned: PlannedTensor) -> Payload:
     """Return the bytes of a tensor: copied where nothing changes, else encoded row by row."""
     tensor = planned.tensor
+    if isinstance(tensor, BlockTensor):
+        return TensorPayload(tensor.blocks)
     if tensor.dtype == _PLAIN.get(planned.type.name):
         return TensorPayload(tensor)
     if tensor.dtype not in _PLAIN.values():

@@ -127,14 +127,21 @@ def reshard(
     return report
 
 
-def opened(src: Checkpoint | str | Path, config: str | Path | None) -> Checkpoint:
+def opened(
+    src: Checkpoint | str | Path, config: str | Path | None, *, decode: bool = True
+) -> Checkpoint:
     """Open a path, or give an opened checkpoint another config.
+
+    Args:
+        src: a path or an opened checkpoint.
+        config: a config.json or a model folder.
+        decode: open quantized weights as plain ones.
 
     Raises:
         MconvError: the path cannot be opened, or the config cannot be read.
     """
     if not isinstance(src, Checkpoint):
-        return open_checkpoint(src, config=config)
+        return open_checkpoint(src, config=config, decode=decode)
     if config is None:
         return src
     path = Path(config)

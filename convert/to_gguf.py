@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, OutputError
+from ..errors import ConfigError, MconvError, OutputError
 from ..shardio import Checkpoint, from_array
+from ..shardio.dequant import dequantized
 from ..shardio.payload import BytesPayload
 from ..shardio.staging import fingerprint, write_loose
 from ..shardio.stream import Limits, OutFile, Progress
@@ -34,6 +35,7 @@ from .gguf.files import cut_by_size, plan_files
 from .gguf.values import u32
 from .gguf_plan import (
     FILE_TYPES,
+    MXFP4_FILE_TYPE,
     Output,
     PlannedTensor,
     native_type,
@@ -126,7 +128,7 @@ def to_gguf(
     folder = Path(tokenizer) if tokenizer is not None else None
     options = quantization or QuantizeOptions()
     _check(Path(out), type, options)
-    ckpt = opened(src, config)
+    ckpt = open_source(src, config)
     ready = prepare(ckpt, weights=weights, vocab_size=vocab_size, tokenizer=folder, verify=verify)
     reports, files = _plan(ready, Path(out), type, folder, name, pre, options)
     if not dry_run:
@@ -136,6 +138,23 @@ def to_gguf(
             target, files, plan=plan, force=force, resume=resume, limits=limits, progress=progress
         )
     return replace(reports[0], more=tuple(reports[1:]))
+
+
+def open_source(src: Checkpoint | str | Path, config: str | Path | None) -> Checkpoint:
+    """Open a checkpoint, its weights decoded unless GGUF takes their blocks as they are.
+
+    Raises:
+        MconvError: it cannot be opened.
+    """
+    ckpt = opened(src, config, decode=False)
+    settings = (ckpt.config or {}).get("quantization_config")
+    if not isinstance(settings, Mapping):
+        return ckpt
+    try:
+        taken = find_architecture(ckpt.config).quantized
+    except MconvError:  # told by what comes after
+        taken = ()
+    return ckpt if settings.get("quant_method") in taken else dequantized(ckpt)
 
 
 def _plan(
@@ -200,6 +219,8 @@ class _Model:
         target = output.mix.target if output.mix is not None else None
         native = native_type(self.mapped).name
         file_type = FILE_TYPES[output.type if target is None else native]
+        if any(m.stored is not None for m in self.mapped) and file_type != FILE_TYPES["Q8_0"]:
+            file_type = MXFP4_FILE_TYPE
         entries = self.entries(file_type)
         if target is not None:
             return quantized_metadata(entries, target, options.override_kv, matrix)

@@ -90,6 +90,7 @@ def open_checkpoint(
     format: str | None = None,
     config: str | Path | None = None,
     adapter: str | Path | None = None,
+    decode: bool = True,
 ) -> Checkpoint:
     """Open any checkpoint. Reads metadata only; tensors are read when asked for.
 
@@ -98,6 +99,7 @@ def open_checkpoint(
         format: name of the format when it shall not be found out.
         config: a config.json or a model folder, for checkpoints that carry none.
         adapter: folder of a PEFT adapter to be merged in.
+        decode: give quantized weights as plain ones.
 
     Raises:
         FormatError: nothing readable there, or a checkpoint that is broken or incomplete.
@@ -111,7 +113,8 @@ def open_checkpoint(
             raise FormatError(f"{start}: no such file or folder")
         fmt, root = locate(start, format)
         with collection_paused():
-            found = dequantized(_in_its_world(fmt.open(root, options)))
+            found = _in_its_world(fmt.open(root, options))
+            found = dequantized(found) if decode else found
         _check_holds(start, root, found)
         if adapter is not None:
             from .peft import merge_adapter

@@ -46,7 +46,10 @@ def complete_config(config: Config, architecture: Architecture) -> dict[str, Any
     if isinstance(full.get("text_config"), Mapping):
         full |= full["text_config"]
     quantized = full.get("quantization_config")
-    if isinstance(quantized, Mapping):
+    if (
+        isinstance(quantized, Mapping)
+        and quantized.get("quant_method") not in architecture.quantized
+    ):
         raise UnsupportedError(
             f"config.json: the weights are quantized ({quantized.get('quant_method')}); "
             "dequantize them to 16 bits first, or convert the model they were made from"

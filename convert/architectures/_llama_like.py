@@ -5,11 +5,13 @@ Llama 3's rope scaling becomes the ``rope_freqs`` tensor: one divisor per freque
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
+from ...errors import ConfigError
 from ..gguf.values import KeyValue, u32
 from ..tokenizers import Vocabulary
 from ._config import rope_parameters
@@ -37,12 +39,13 @@ def rope_freqs(config: Config) -> np.ndarray | None:
     if str(rope.get("rope_type")).lower() != "llama3":
         return None
     one, dim = np.float32(1), head_dim(config)
-    factor = np.float32(rope.get("factor", 8.0))
-    low, high = rope.get("low_freq_factor", 1.0), rope.get("high_freq_factor", 4.0)
-    context = rope.get("original_max_position_embeddings", 8192)
+    factor = np.float32(_positive(rope, "factor", 8.0))
+    low, high = _positive(rope, "low_freq_factor", 1.0), _positive(rope, "high_freq_factor", 4.0)
+    context = _positive(rope, "original_max_position_embeddings", 8192)
     # The reference multiplies by float32 reciprocals; dividing would change the last bit.
     exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
-    powers = np.power(np.float64(rope.get("rope_theta", 10000.0)), exponents.astype(np.float64))
+    theta = _positive(rope, "rope_theta", 10000.0)
+    powers = np.power(np.float64(theta), exponents.astype(np.float64))
     frequencies = one / powers.astype(np.float32)
     wavelengths = one / frequencies * np.float32(2 * np.pi)
     smooth = one / wavelengths * np.float32(context) - np.float32(low)
@@ -52,6 +55,13 @@ def rope_freqs(config: Config) -> np.ndarray | None:
     divisors[wavelengths > np.float32(context / low)] = factor
     divisors[wavelengths < np.float32(context / high)] = one
     return divisors
+
+
+def _positive(rope: Mapping[str, Any], key: str, default: float) -> float:
+    value = rope.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
+        raise ConfigError(f"config.json: {key} of the rope is {value!r}, not a positive number")
+    return value
 
 
 def adjust_vocabulary(vocabulary: Vocabulary, config: Config) -> Vocabulary:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from ...errors import ConfigError, did_you_mean
 from ...shardio.tensor import LazyTensor
+from ..gguf.tensors import BlockTensor
 from ._config import layer_count
 from ._lines import Line, table_lines
 from ._record import Architecture, Config, dimensions
@@ -28,12 +29,21 @@ _HINTED = 40
 
 @dataclass(frozen=True, slots=True)
 class MappedTensor:
-    """A tensor of the output: its GGUF name, where it came from and its (lazy) values."""
+    """A tensor of the output.
+
+    Attributes:
+        name: its GGUF name.
+        hf: where it came from.
+        tensor: its (lazy) values.
+        keep_f32: stored as F32 whatever type is asked for.
+        stored: the blocks it comes in, which are taken as they are; None for plain values.
+    """
 
     name: str
     hf: str
     tensor: LazyTensor
     keep_f32: bool
+    stored: BlockTensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +128,8 @@ def mapped_tensors(architecture: Architecture, config: Config, match: Match) -> 
         except ValueError as error:
             raise ConfigError(f"tensor {line.title}: {error}") from error
         for name, tensor in zip(line.outputs, made, strict=True):
-            out.append(MappedTensor(name, line.title, tensor, line.rule.keep_f32))
+            blocks = tensor if isinstance(tensor, BlockTensor) else None
+            out.append(MappedTensor(name, line.title, tensor, line.rule.keep_f32, blocks))
     return out
 
 

@@ -27,7 +27,8 @@ class TensorRule:
     """One line of a tensor table: which Hugging Face tensors become which GGUF tensors.
 
     ``{n}`` in a name is the layer. ``{e}``, ``{h}`` or ``{k}`` in the Hugging Face name stand for
-    every expert, query head or key-value head; those tensors are stacked. Several rules for one
+    every expert, query head or key-value head; those tensors are stacked. ``{q}`` stands for the
+    blocks and scales of MXFP4. Several rules for one
     GGUF tensor are alternatives: the one whose tensors are there is taken, the first is what a
     model should have.
 
@@ -94,6 +95,7 @@ class Architecture:
         moe_layer: whether a layer has experts (by number); rules of ``layers`` ask.
         ignored: regular expression of tensor names that GGUF has no place for.
         drop_extra_layers: tensors of layers beyond the last (multi-token prediction) are left out.
+        quantized: quantization methods of checkpoints that are taken as they are.
         drop_tied_head: a head that is stored although it is tied is left out.
         extra_keys: metadata after the common keys, or in place of one of them.
         key_order: when not empty, exactly these keys (without the family's prefix) are written, in
@@ -120,6 +122,7 @@ class Architecture:
     ignored: str = ""
     drop_extra_layers: bool = False
     drop_tied_head: bool = False
+    quantized: tuple[str, ...] = ()
     extra_keys: Callable[[Config], list[KeyValue]] = lambda config: []
     key_order: tuple[str, ...] = ()
     first_keys: Callable[[Config], list[KeyValue]] = lambda config: []
@@ -128,11 +131,17 @@ class Architecture:
     notes: str = ""
 
 
+_WIDEST_HEAD = 1 << 16  # before frequencies are computed for it
+
+
 def head_dim(config: Config) -> int:
     """Return the size of one attention head, given or derived."""
     given = config.get("head_dim")
     derived = int(config["hidden_size"]) // int(config["num_attention_heads"])
-    return derived if given is None else _whole("head_dim", given) or derived
+    dim = derived if given is None else _whole("head_dim", given) or derived
+    if dim > _WIDEST_HEAD:
+        raise ConfigError(f"config.json: one attention head would have {dim} numbers")
+    return dim
 
 
 def heads(config: Config) -> int:

@@ -14,6 +14,7 @@ from functools import partial
 import numpy as np
 
 from ...shardio.tensor import LazyTensor, concat
+from ..gguf.tensors import BlockTensor
 from ..movement import (
     deinterleave,
     group_qkv,
@@ -26,6 +27,7 @@ from ..movement import (
     ungroup_qkv,
     unstack_experts,
 )
+from ..mxfp4 import pack_mxfp4, unpack_mxfp4
 
 Tensors = Sequence[LazyTensor]
 Sizes = Mapping[str, int]
@@ -97,6 +99,31 @@ def _alternate(tensors: Tensors, axis: int) -> LazyTensor:
     return joined.reshape((*shape[:axis], 2 * shape[axis], *shape[axis + 1 :]))
 
 
+def _pack_mxfp4(tensors: Tensors, sizes: Sizes) -> list[LazyTensor]:
+    return [pack_mxfp4(tensors[0], tensors[1])]
+
+
+def _unpack_mxfp4(tensors: Tensors, sizes: Sizes) -> list[LazyTensor]:
+    return list(unpack_mxfp4(_rows(tensors[0])))
+
+
+def _pack_gate_up(tensors: Tensors, sizes: Sizes) -> list[LazyTensor]:
+    """Part alternating rows of [experts, rows, blocks, 16] and [experts, rows, blocks]."""
+    parts = zip(_even_odd(tensors[0], 1), _even_odd(tensors[1], 1), strict=True)
+    return [pack_mxfp4(blocks, scales) for blocks, scales in parts]
+
+
+def _unpack_gate_up(tensors: Tensors, sizes: Sizes) -> list[LazyTensor]:
+    parts = zip(*(unpack_mxfp4(_rows(t)) for t in tensors), strict=True)
+    return [_alternate(part, 1) for part in parts]
+
+
+def _rows(tensor: LazyTensor) -> LazyTensor:
+    if not isinstance(tensor, BlockTensor):
+        raise ValueError(f"{tensor} is not MXFP4")
+    return tensor.blocks
+
+
 def _heads(sizes: Sizes) -> tuple[int, int, int]:
     return sizes["heads"], sizes["kv_heads"], sizes["head"]
 
@@ -164,6 +191,9 @@ TRANSFORMS: Mapping[str, Transform] = {
         lambda tensors, sizes: _even_odd(tensors[0], -1),
         lambda tensors, sizes: [_alternate(tensors, -1)],
     ),
+    # 4-bit blocks and their exponents -> ggml's blocks; the same for alternating gate and up rows
+    "mxfp4": Transform(_pack_mxfp4, _unpack_mxfp4),
+    "mxfp4_alternating_gate_up": Transform(_pack_gate_up, _unpack_gate_up),
     # rows [q*r, k, v] per query group -> [q | k | v]
     "ungroup_qkv": Transform(_ungroup, _group),
     # latent attention: the up-projection of keys and values -> keys, values

@@ -1,7 +1,7 @@
 """gpt-oss (``general.architecture`` = ``gpt-oss``): experts with biases, attention sinks.
 
-Expert matrices are stored [experts, in, out], gate and up alternating; they are transposed and
-parted. Rotary embedding in halves.
+The hub has expert matrices in MXFP4, taken as they are; in 16 bits they are stored [experts, in,
+out] and transposed. Rows of gate and up alternate and are parted. Rotary embedding in halves.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ ARCHITECTURE = Architecture(
             "num_experts_per_tok": 4,
         },
     },
+    quantized=("mxfp4",),
     extra_keys=_extra_keys,
     tokenizer=TokenizerRule(kinds=("bpe",)),
     tensors=(
@@ -75,6 +76,13 @@ ARCHITECTURE = Architecture(
             ("experts", "hidden"),
             bias="yes",
             keep_f32=True,
+        ),
+        _exact("blk.{n}.ffn_down_exps.weight", "down_proj_{q}", (), "mxfp4"),
+        _exact(
+            ("blk.{n}.ffn_gate_exps.weight", "blk.{n}.ffn_up_exps.weight"),
+            "gate_up_proj_{q}",
+            (),
+            "mxfp4_alternating_gate_up",
         ),
         _exact(
             "blk.{n}.ffn_down_exps.weight", "down_proj", ("experts", "ff", "hidden"), "transpose"

@@ -32,12 +32,22 @@ class BlockTensor(LazyTensor):
 
     __slots__ = ("_blocks", "_kind")
 
-    def __init__(self, blocks: Chunked, kind: GgmlType) -> None:
+    def __init__(self, blocks: LazyTensor, kind: GgmlType) -> None:
         """Take the encoded rows, uint8 [..., row bytes], and their type."""
         *lead, row_bytes = blocks.shape
         super().__init__((*lead, row_bytes // kind.bytes * kind.block), np.dtype(np.float32))
         self._blocks = blocks
         self._kind = kind
+
+    @property
+    def blocks(self) -> LazyTensor:
+        """The encoded rows."""
+        return self._blocks
+
+    @property
+    def kind(self) -> GgmlType:
+        """Their type."""
+        return self._kind
 
     def fill(self, out: np.ndarray, box: Box) -> None:
         """Decode the blocks that the region touches."""

@@ -80,7 +80,12 @@ def build_header(
     order = ">" if big_endian else "<"
     parts = [MAGIC, struct.pack(f"{order}IQQ", VERSION, len(tensors), len(entries))]
     for entry in entries:
-        parts += pack_entry(entry, order)
+        try:
+            parts += pack_entry(entry, order)
+        except (TypeError, ValueError, ArithmeticError) as e:  # a text where a number is needed...
+            raise FormatError(
+                f"metadata key {entry.key!r}: its value is no {entry.type.name} ({e})"
+            ) from e
     relative = 0
     starts: list[int] = []
     for spec in tensors:
@@ -125,7 +130,8 @@ def _pack_scalar(key: str, kind: ValueType, value: Any, order: str) -> bytes:
         return b"\x01" if value else b"\x00"
     if kind in _LIMITS:
         _check_range(key, int(value), *_LIMITS[kind])
-    return np.array(value).astype(order + SCALAR_CODES[kind]).tobytes()
+    with np.errstate(over="raise"):
+        return np.array(value).astype(order + SCALAR_CODES[kind]).tobytes()
 
 
 def _bytes(text: str | bytes) -> bytes:

@@ -31,7 +31,7 @@ def continuation(model: Any, prompt: list[int], banned: list[int]) -> list[int]:
     return list(out[0, len(prompt) :].tolist())
 
 
-@pytest.mark.parametrize("name", tiny_archs.FAMILIES)
+@pytest.mark.parametrize("name", [n for n, f in tiny_archs.FAMILIES.items() if not f.mxfp4])
 def test_greedy_tokens(tmp_path: Path, data_dir: Path, name: str) -> None:
     from transformers import AutoModelForCausalLM
 

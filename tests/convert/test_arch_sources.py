@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 from mconv.convert.gguf import open_gguf
+from mconv.convert.gguf.tensors import GgufTensors
 from mconv.convert.to_gguf import to_gguf
 from mconv.errors import ConfigError, UnsupportedError
+from mconv.shardio import open_checkpoint
 from safetensors.numpy import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -166,6 +168,24 @@ def test_refusals(
     rewrite(tmp_path / "a", tmp_path / "b", weights, {**config, **changes})
     with pytest.raises(UnsupportedError, match=said):
         to_gguf(tmp_path / "b", tmp_path / "b.gguf")
+
+
+def test_mxfp4_stays_in_mixes(tmp_path: Path, data_dir: Path) -> None:
+    make(tmp_path / "a", data_dir, "gpt-oss-mxfp4")
+    to_gguf(tmp_path / "a", tmp_path / "{type}.gguf", "bf16,q4_k_m")
+    plain, mix = (open_gguf(tmp_path / f"{t}.gguf") for t in ("BF16", "Q4_K_M"))
+    experts = [n for n, t in mix.tensors.items() if t.type.name == "MXFP4"]
+    assert len(experts) == 2 * 3
+    assert mix.tensors["blk.0.attn_q.weight"].type.name == "Q4_K"
+    for name in experts:
+        np.testing.assert_array_equal(plain.raw(name), mix.raw(name))
+    # decoded, it is a model as any other
+    to_gguf(open_checkpoint(tmp_path / "a"), tmp_path / "decoded.gguf", "f32")
+    decoded = open_gguf(tmp_path / "decoded.gguf")
+    for name in experts:
+        np.testing.assert_array_equal(
+            GgufTensors(decoded).values(name).read(), GgufTensors(plain).values(name).read()
+        )
 
 
 def sparse_model(folder: Path, data: Path, count: int) -> None:

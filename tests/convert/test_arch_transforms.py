@@ -82,7 +82,36 @@ CASES: dict[str, tuple[Shapes, Truth]] = {
 
 
 def test_every_transform_has_a_case() -> None:
-    assert set(CASES) == set(TRANSFORMS)
+    assert {*CASES, "mxfp4", "mxfp4_alternating_gate_up"} == set(TRANSFORMS)
+
+
+#: The sixteen values of four bits (OCP Microscaling formats, E2M1).
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+
+
+@given(experts=st.integers(1, 2), pairs=st.integers(1, 3), blocks=st.integers(1, 3))
+def test_mxfp4(experts: int, pairs: int, blocks: int) -> None:
+    rng = np.random.default_rng(blocks)
+    shape = (experts, 2 * pairs, blocks)
+    data = rng.integers(0, 256, (*shape, 16), np.uint8)
+    scales = rng.integers(120, 135, shape, np.uint8)
+    values = np.stack([E2M1[data & 15], E2M1[data >> 4]], -1).reshape(*shape, 32)
+    values = (values * np.exp2(scales.astype(np.float32) - 127)[..., None]).reshape(
+        experts, 2 * pairs, 32 * blocks
+    )
+    sources = [from_array(data), from_array(scales)]
+    for name, want in (
+        ("mxfp4", [values]),
+        ("mxfp4_alternating_gate_up", [values[:, ::2], values[:, 1::2]]),
+    ):
+        there = TRANSFORMS[name].apply(sources, {})
+        for ours, theirs in zip(there, want, strict=True):
+            np.testing.assert_array_equal(ours.read(), theirs)
+            np.testing.assert_array_equal(ours.read([slice(0, 1)])[..., 5:], theirs[:1, ..., 5:])
+        for ours, theirs in zip(TRANSFORMS[name].undo(there, {}), (data, scales), strict=True):
+            np.testing.assert_array_equal(ours.read(), theirs)
+    with pytest.raises(ValueError, match="expected uint8"):
+        TRANSFORMS["mxfp4"].apply([from_array(data[..., :8]), from_array(scales)], {})
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -76,7 +76,7 @@ def test_tensor_names_are_those_of_the_gguf_package(name: str) -> None:
     for rule in record.tensors:
         for output in rule.outputs:
             assert output.removesuffix(".weight").removesuffix(".bias") in tensors
-        theirs = mapping.get_name(re.sub(r"\.\{[ehk]\}", "", rule.hf).replace("{n}", "0"))
+        theirs = mapping.get_name(re.sub(r"[._]\{[ehkq]\}", "", rule.hf).replace("{n}", "0"))
         if theirs is not None and len(rule.outputs) == 1:
             assert theirs == rule.outputs[0].replace("{n}", "0").removesuffix(".weight")
 

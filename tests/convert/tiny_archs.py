@@ -49,6 +49,7 @@ class Family:
         model: model class, where it is another.
         base_config: the same for the configuration.
         tokens: special tokens that the tokenizer must have.
+        mxfp4: the experts are quantized as on the hub.
         official: llama.cpp's own converter can convert it.
     """
 
@@ -60,6 +61,7 @@ class Family:
     base_config: str = ""
     tokens: tuple[str, ...] = ()
     official: bool = True
+    mxfp4: bool = False
 
 
 MLA = {
@@ -254,6 +256,19 @@ FAMILIES: Mapping[str, Family] = {
             "intermediate_size": 256,
         },
     ),
+    "gpt-oss-mxfp4": Family(
+        "GptOss",
+        "gpt-2",
+        {
+            "num_local_experts": 4,
+            "head_dim": 32,
+            "num_experts_per_tok": 2,
+            "sliding_window": 32,
+            "hidden_size": 256,
+            "intermediate_size": 256,
+        },
+        mxfp4=True,
+    ),
 }
 
 
@@ -298,6 +313,21 @@ def save_family(name: str, folder: Path, data: Path, **changes: Any) -> Any:
     return model
 
 
+def to_mxfp4(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a recorded gpt-oss whose experts are in MXFP4."""
+    tensors = []
+    for pattern, *ranges, shape in record["tensors"]:
+        if pattern.endswith(("experts.down_proj", "experts.gate_up_proj")):
+            count, columns, rows = shape
+            blocks = [count, rows, columns // 32]
+            tensors.append([f"{pattern}_blocks", *ranges, [*blocks, 16]])
+            tensors.append([f"{pattern}_scales", *ranges, blocks])
+        else:
+            tensors.append([pattern, *ranges, shape])
+    config = {**record["config"], "quantization_config": {"quant_method": "mxfp4"}}
+    return {"config": config, "tensors": tensors}
+
+
 def pack(shapes: Mapping[str, list[int]]) -> list[Any]:
     """Return names and shapes, runs of numbers folded: [pattern, [first, end, step] ..., shape]."""
     folded: dict[str, tuple[list[set[int]], list[int]]] = {}
@@ -339,4 +369,8 @@ def write_recorded(record: Mapping[str, Any], folder: Path, data: Path, name: st
         raw = bits.random_raw(int(np.prod(shape))) >> np.uint64(44)
         values = raw.astype(np.float32).reshape(shape) * np.float32(2**-19) - np.float32(1)
         weights[hf] = values.astype(ml_dtypes.bfloat16)
+        if hf.endswith(("_blocks", "_scales")):
+            scaled = raw % np.uint64(256 if hf.endswith("_blocks") else 20)
+            base = 0 if hf.endswith("_blocks") else 110
+            weights[hf] = (scaled.astype(np.uint8) + np.uint8(base)).reshape(shape)
     save_file(weights, folder / "model.safetensors")
