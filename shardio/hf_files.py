@@ -104,8 +104,10 @@ def choose(folder: Path, sets: list[FileSet]) -> FileSet:
     """Return the set to load.
 
     Raises:
-        FormatError: nothing by the usual names and several other sets.
+        FormatError: no set at all, or nothing by the usual names and several others.
     """
+    if not sets:
+        raise FormatError(f"{folder}: holds no model files that can be opened")
     usual = [s for s in sets if s.usual]
     if usual:
         return usual[0]

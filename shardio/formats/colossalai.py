@@ -49,7 +49,7 @@ def detect(path: Path) -> Path | None:
 
 
 def _indexes(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.glob("*.json") if INDEX.match(p.name))
+    return sorted(p for p in folder.glob("*.json") if INDEX.match(p.name) and p.is_file())
 
 
 def open_colossalai(root: Path, options: OpenOptions) -> Checkpoint:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ...errors import FormatError, LayoutError
 from ..checkpoint import Checkpoint
@@ -97,7 +98,7 @@ def open_torch_ranks(root: Path, options: OpenOptions) -> Checkpoint:
     notes: tuple[str, ...] = ()
     if any(is_flat(n) for n in weights):
         config = model_files(root, options)[0]
-        weights, note = unflatten(weights, root, len(trees), config)
+        weights, copies, note = _unflattened(weights, copies, root, len(trees), config)
         notes = (note,)
     merged = replace(trees[0], weights=weights, optimizers=_merge_optimizers(trees))
     checkpoint = build_checkpoint(
@@ -230,6 +231,26 @@ def _merge(
         if more:
             copies[name] = more
     return merged, copies
+
+
+def _unflattened(
+    weights: Mapping[str, LazyTensor],
+    copies: Mapping[str, tuple[LazyTensor, ...]],
+    root: Path,
+    world: int,
+    config: Mapping[str, Any] | None,
+) -> tuple[dict[str, LazyTensor], dict[str, tuple[LazyTensor, ...]], str]:
+    """Cut FSDP1's vectors, and their copies in the same way; also return the assumption made."""
+    cut, note = unflatten(weights, root, world, config)
+    found = {n: c for n, c in copies.items() if not is_flat(n)}
+    vectors = {n: c for n, c in copies.items() if is_flat(n)}
+    for k in range(max(map(len, vectors.values()), default=0)):
+        held = {n: c[k] for n, c in vectors.items() if k < len(c)}
+        more, _ = unflatten({**weights, **held}, root, world, config)
+        for name, tensor in more.items():
+            if name not in weights and list(tensor.spans()) != list(cut[name].spans()):
+                found[name] = (*found.get(name, ()), tensor)
+    return cut, found, note
 
 
 def _join(
