@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...errors import ConfigError, UnsupportedError
+from .ends import unseen_stops, unseen_text
 from .facts import ModelFacts
 from .go_writer import go_template, without_bos
 from .induce import NotInducedError, induce
@@ -134,6 +135,7 @@ def _template(
             )
         warnings.insert(0, f"the prompts differ: {why}")
     stops = stop_strings(chat, shape, facts.eog, facts.specials or None)
+    warnings += map(unseen_text, unseen_stops(facts, stops))
     if not stops:
         warnings.append("no stop string was found; generation ends at the model's end token")
     return template, proof, stops, warnings

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError
+from ...shardio import Checkpoint, open_checkpoint
 from ...shardio.assets import load_json
 from ..gguf import open_gguf
 from ..to_gguf import to_gguf
@@ -46,6 +47,7 @@ class ModelFacts:
         bos: the text that the tokenizer puts in front of every prompt; empty if none.
         eog: texts of the tokens that end generation.
         specials: texts of all special tokens.
+        control: ids of the control tokens, which print as nothing, by text.
         sampling: recommended PARAMETERs.
         license: text, or short name; None if unknown.
     """
@@ -57,6 +59,7 @@ class ModelFacts:
     bos: str
     eog: tuple[str, ...]
     specials: frozenset[str] = field(repr=False)
+    control: Mapping[str, int] = field(repr=False)
     sampling: Mapping[str, ParameterValue]
     license: str | None = field(repr=False)
 
@@ -102,7 +105,7 @@ def facts_of(path: str | Path, **options: Any) -> ModelFacts:
 
     Args:
         path: a ``.gguf`` file, or what ``to_gguf`` takes.
-        options: of ``to_gguf``, such as ``tokenizer``.
+        options: of ``to_gguf``, such as ``tokenizer``, and ``adapter``: a PEFT folder to merge.
 
     Raises:
         MconvError: it cannot be read.
@@ -111,8 +114,22 @@ def facts_of(path: str | Path, **options: Any) -> ModelFacts:
     if place.suffix == ".gguf" and place.is_file():
         gguf = open_gguf(place)
         return make_facts(place, {key: kv.value for key, kv in gguf.entries.items()})
-    report = to_gguf(place, place.with_name("planned.gguf"), dry_run=True, **options)
+    source, rest = open_with(place, options)
+    report = to_gguf(source, place.with_name("planned.gguf"), dry_run=True, **rest)
     return make_facts(place, {kv.key: kv.value for kv in report.metadata})
+
+
+def open_with(place: Path, options: Mapping[str, Any]) -> tuple[Checkpoint | Path, dict[str, Any]]:
+    """Return the source for ``to_gguf`` and the options that are left for it.
+
+    Raises:
+        MconvError: it cannot be opened.
+    """
+    rest = {key: value for key, value in options.items() if key not in ("adapter", "imatrix")}
+    adapter = options.get("adapter")
+    if adapter is None:
+        return place, rest
+    return open_checkpoint(place, config=rest.pop("config", None), adapter=adapter), rest
 
 
 def make_facts(path: Path, metadata: Mapping[str, Any]) -> ModelFacts:
@@ -120,7 +137,11 @@ def make_facts(path: Path, metadata: Mapping[str, Any]) -> ModelFacts:
     folder = path if path.is_dir() else path.parent
     words: Sequence[Any] = metadata.get("tokenizer.ggml.tokens", ())
     types: Iterable[Any] = metadata.get("tokenizer.ggml.token_type", ())
-    marked = [k for k, kind in enumerate(types) if int(kind) in (_CONTROL, _USER_DEFINED)]
+    marked = {
+        _text(words[k]): (k, int(kind))
+        for k, kind in enumerate(types)
+        if int(kind) in (_CONTROL, _USER_DEFINED) and k < len(words)
+    }
     generation = _json(folder / "generation_config.json")
 
     def text(token: Any) -> str:
@@ -140,7 +161,8 @@ def make_facts(path: Path, metadata: Mapping[str, Any]) -> ModelFacts:
         tokens={f"{role}_token": text(ids[role]) for role in _ROLES if text(ids[role])},
         bos=text(ids["bos"]) if _adds_bos(metadata) else "",
         eog=tuple(dict.fromkeys(t for t in map(text, eog) if t)),
-        specials=frozenset(_text(words[k]) for k in marked if k < len(words)),
+        specials=frozenset(marked),
+        control={text: k for text, (k, kind) in marked.items() if kind == _CONTROL},
         sampling=_sampling(metadata, generation, folder),
         license=_license(folder) or metadata.get("general.license"),
     )

@@ -10,17 +10,18 @@ from __future__ import annotations
 import datetime
 import tempfile
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError
 from ...shardio.stream import Progress
 from ..gguf import open_gguf
-from ..quantize import quantize_gguf
+from ..quantize import QuantizeOptions, quantize_gguf
 from ..to_gguf import to_gguf
 from .build import Made, Wishes, make_modelfile
-from .facts import ModelFacts, facts_of
+from .ends import end_token_overrides, unseen_stops, unseen_text
+from .facts import ModelFacts, facts_of, open_with
 from .jinja_chat import TemplateRefusedError, compile_chat
 from .layers import (
     CONFIG_TYPE,
@@ -82,7 +83,7 @@ def install(
         wishes: about its Modelfile.
         quantize: type of the weights, such as ``Q4_K_M``; by default a GGUF stays as it is, and a
             checkpoint becomes ``auto`` (its own 16-bit type).
-        options: of ``to_gguf`` for checkpoints.
+        options: of ``to_gguf`` for checkpoints, ``adapter`` (a PEFT folder to merge), ``imatrix``.
         progress: called with (bytes done, bytes in all).
 
     Raises:
@@ -99,26 +100,39 @@ def install(
             work = stack.enter_context(target.work_folder())
         else:
             work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mconv-")))
-        weights = _weights(place, work, quantize, more, progress)
+        change = end_token_overrides(facts, _stops(made))
+        weights = _weights(place, work, quantize, change, more, progress)
+        if change and weights != place:
+            mended = unseen_text(unseen_stops(facts, _stops(made))[0])
+            made = replace(made, warnings=tuple(w for w in made.warnings if w != mended))
         if isinstance(target, Store):
             return _into_store(target, work, weights, name, made, progress)
         return _into_server(target, weights, name, made, facts, progress)
 
 
+def _stops(made: Made) -> tuple[str, ...]:
+    stops = made.modelfile.parameters.get("stop", ())
+    return stops if isinstance(stops, tuple) else ()
+
+
 def _weights(
-    place: Path, work: Path, kind: str | None, options: dict[str, Any], progress: Progress | None
+    place: Path,
+    work: Path,
+    kind: str | None,
+    change: tuple[str, ...],
+    options: dict[str, Any],
+    progress: Progress | None,
 ) -> Path:
-    """Return one GGUF file: the source itself, or one made in ``work``."""
+    """Return one GGUF file: the source itself, or one made in ``work`` with ``change`` applied."""
     made = work / "model.gguf"
+    wanted = QuantizeOptions(override_kv=change, imatrix=options.get("imatrix"))
     if place.suffix != ".gguf":
-        to_gguf(place, made, kind or "auto", progress=progress, **options)
+        source, rest = open_with(place, options)
+        to_gguf(source, made, kind or "auto", quantization=wanted, progress=progress, **rest)
         return made
     parts = open_gguf(place).paths
-    if kind:
-        quantize_gguf(place, made, [kind], progress=progress)
-        return made
-    if len(parts) > 1:
-        quantize_gguf(place, made, ["COPY"], progress=progress)  # one file: Ollama wants no splits
+    if kind or len(parts) > 1:  # Ollama wants one file
+        quantize_gguf(place, made, [kind or "COPY"], wanted, progress=progress)
         return made
     return place
 

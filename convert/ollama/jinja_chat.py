@@ -33,13 +33,21 @@ class TemplateRefusedError(UnsupportedError):
 
 
 class _Generation(jinja2.ext.Extension):
-    """``{% generation %}`` marks what a model writes; for a prompt it changes nothing."""
+    """``{% generation %}`` encloses what a model writes; for a prompt it changes nothing.
+
+    With ``generation_marks`` in the environment, these two texts are put around it.
+    """
 
     tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        marks: Sequence[str] = getattr(self.environment, "generation_marks", ())
+        if not marks:
+            return body
+        first, last = (nodes.Output([nodes.TemplateData(m)], lineno=line) for m in marks)
+        return [first, *body, last]
 
 
 def _to_json(
@@ -121,12 +129,15 @@ class JinjaChat:
         return dict(message)
 
 
-def compile_chat(source: str, tokens: Mapping[str, str] | None = None) -> JinjaChat:
+def compile_chat(
+    source: str, tokens: Mapping[str, str] | None = None, marks: tuple[str, str] | None = None
+) -> JinjaChat:
     """Compile a chat template; one that prints contents only as parts gets parts.
 
     Args:
         source: the template.
         tokens: special tokens by variable name.
+        marks: texts to put around what the template encloses in ``generation`` tags.
 
     Raises:
         TemplateRefusedError: it does not compile.
@@ -136,6 +147,7 @@ def compile_chat(source: str, tokens: Mapping[str, str] | None = None) -> JinjaC
     )
     env.filters["tojson"] = _to_json
     env.globals.pop("lipsum", None)
+    env.extend(generation_marks=marks or ())
     try:
         template = env.from_string(source)
     except jinja2.TemplateError as error:

@@ -15,6 +15,7 @@ import numpy as np
 
 from ..gguf import GgufFile, ValueType, open_gguf
 from .build import Wishes, make_modelfile
+from .ends import unseen_stops, unseen_text
 from .facts import ModelFacts, make_facts
 from .jinja_chat import TemplateRefusedError, compile_chat
 from .layers import file_type_name
@@ -110,13 +111,8 @@ def _tokens(gguf: GgufFile, facts: ModelFacts) -> Iterator[Finding]:
     except TemplateRefusedError:
         return
     stops = made.modelfile.parameters.get("stop", ())
-    ends = [s for s in (stops if isinstance(stops, tuple) else ()) if s not in facts.eog]
-    for stop in ends:
-        yield Finding(
-            "warning",
-            f"the chat template ends answers with {stop!r}, which is no end token of the metadata: "
-            "give PARAMETER stop, or set tokenizer.ggml.eot_token_id",
-        )
+    for stop in unseen_stops(facts, stops if isinstance(stops, tuple) else ()):
+        yield Finding("warning", unseen_text(stop))
     bos = facts.tokens.get("bos_token", "")
     if bos and not facts.bos and not begins.startswith(bos) and "add_bos" not in str(gguf.entries):
         yield Finding("note", f"neither the template nor the tokenizer puts {bos!r} in front")

@@ -13,6 +13,7 @@ from mconv.convert.ollama.build import Wishes, make_modelfile
 from mconv.convert.ollama.explain import explain
 from mconv.convert.ollama.facts import ModelFacts, facts_of
 from mconv.convert.ollama.lint import _tensors, _types, lint
+from mconv.convert.to_gguf import to_gguf
 
 sys.path.insert(0, str(Path(__file__).parent))
 import chats
@@ -24,10 +25,15 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return models.chat_gguf(tmp_path_factory.mktemp("model") / "chat.gguf", chats.CHATML, "f16")
 
 
-def test_a_good_file_says_only_what_a_user_should_know(gguf: Path) -> None:
-    found = lint(gguf)
+def test_nothing_to_say_about_a_good_file(gguf: Path) -> None:
+    assert lint(gguf) == []
+
+
+def test_an_end_token_that_only_a_stop_string_knows(tmp_path: Path) -> None:
+    to_gguf(models.TRAINED.parents[1] / "ollama" / "chat", tmp_path / "m.gguf")
+    found = lint(tmp_path / "m.gguf")
     assert [f.level for f in found] == ["warning"]
-    assert "ends answers with '<|im_end|>', which is no end token" in found[0].text
+    assert "answers end with '<|fin|>', which the GGUF does not call an end token" in found[0].text
 
 
 @pytest.mark.parametrize(
