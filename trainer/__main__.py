@@ -18,15 +18,18 @@ _LOOPBACKS = ("lo", "lo0")
 def main(run: str, store: str, rank: str, world_size: str) -> int:
     """Train one rank; return the exit status."""
     from .config import load_config
+    from .degrees import resolve
     from .loop import train
-    from .mesh import process_group, set_threads
+    from .mesh import build_meshes, choose_device, process_group, set_threads
 
     _prefer_loopback()
     try:
         config = load_config(Path(run))
         set_threads(config.train.threads, int(world_size))
-        with process_group(int(rank), int(world_size), Path(store)) as mesh:
-            train(config, mesh)
+        degrees = resolve(config, int(world_size))
+        device = choose_device(config.train.device)
+        with process_group(int(rank), int(world_size), Path(store), device):
+            train(config, build_meshes(degrees, device))
     except MconvError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

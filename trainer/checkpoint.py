@@ -18,8 +18,8 @@ from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import get_state_dict
 
 from ..errors import ConfigError
-from .config import ModelConfig
 from .model import Decoder
+from .model_config import ModelConfig
 
 
 def step_folder(run: Path, step: int) -> Path:

@@ -25,19 +25,11 @@ from ..convert.to_gguf import to_gguf
 from ..errors import ConfigError, OutputError
 from ..shardio import open_checkpoint
 from ..shardio.report import Inspection, inspect_checkpoint
-from .config import (
-    DataConfig,
-    ModelConfig,
-    OptimConfig,
-    RunConfig,
-    SaveConfig,
-    ScheduleConfig,
-    TrainConfig,
-    dump_config,
-)
+from .config import RunConfig, dump_config
 from .data import write_tokens
 from .launch import launch
 from .metrics import StepMetrics, read_metrics
+from .model_config import ModelConfig
 from .proof import (
     Proof,
     gguf_equals_model,
@@ -45,6 +37,7 @@ from .proof import (
     merged_equals_shards,
     merged_equals_torch,
 )
+from .sections import DataConfig, OptimConfig, SaveConfig, ScheduleConfig, TrainConfig
 from .tokenizer import encode_documents, load_tokenizer, train_tokenizer
 
 TARGETS = ("Q8_0", "Q4_K_M")

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from . import checkpoint
@@ -16,6 +15,7 @@ from .config import RunConfig
 from .data import TokenData, open_tokens
 from .init import materialize
 from .loss import all_sum, count_labels, token_loss
+from .mesh import DP, FSDP, Meshes
 from .metrics import MetricsWriter, StepMetrics
 from .model import Decoder
 from .optim import build_optimizer
@@ -24,8 +24,8 @@ from .schedule import rate
 from .tokenizer import load_tokenizer
 
 
-def train(config: RunConfig, mesh: DeviceMesh) -> Path:
-    """Train from scratch and save; every rank of ``mesh`` calls this.
+def train(config: RunConfig, meshes: Meshes) -> Path:
+    """Train from scratch and save; every rank of ``meshes`` calls this.
 
     Returns:
         The folder of the final checkpoint.
@@ -33,15 +33,14 @@ def train(config: RunConfig, mesh: DeviceMesh) -> Path:
     Raises:
         MconvError: the data or the configuration cannot be used.
     """
-    rank, world_size = mesh.get_local_rank(), mesh.size()
-    config.check_world(world_size)
+    rank, world_size = meshes.rank(*DP), meshes.degrees.dp
     tokenizer = load_tokenizer(config.data.tokenizer)
     data = open_tokens(
         config.data.tokens, config.train.seq_len, config.train.seed, config.model.vocab_size
     )
     with torch.device("meta"):
         model = Decoder(config.model)
-    shard(model, mesh)
+    shard(model, meshes.sub(*FSDP))
     materialize(model, config.train.seed)
     optimizer = build_optimizer(model, config.optim)
     with ExitStack() as stack:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
-IGNORE = -100
+from .batch import IGNORE
 
 
 def token_loss(logits: Tensor, labels: Tensor, total: Tensor) -> Tensor:

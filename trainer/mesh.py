@@ -1,7 +1,12 @@
 """Process groups and device meshes.
 
-Ranks on one machine meet through a file , which needs no network, no port and no
-environment variables.
+One mesh has all ranks, by (pp, dp_replicate, dp_mod, ep, cp, tp); dimensions of size 1 are left
+out. ``dp_mod`` and ``ep`` together are ``dp_shard``. Everything else is a flattened part of it:
+the batch is cut over ``DP``, parameters over ``FSDP``, experts over ``ep`` and ``EXPERT_FSDP``,
+tokens over ``TOKENS``.
+
+Ranks that ``mconv`` starts on one machine meet through a file, which needs no network, no port and
+no environment variables; ranks of ``torchrun`` as it says.
 """
 
 from __future__ import annotations
@@ -9,25 +14,114 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from .degrees import Degrees
+
+DP = ("dp_replicate", "dp_mod", "ep")
+FSDP = ("dp_mod", "ep", "cp")
+EXPERT_FSDP = ("dp_mod", "cp")
+TOKENS = (*DP, "cp")
+
+
+@dataclass(frozen=True, slots=True)
+class Meshes:
+    """The mesh of all ranks and its parts."""
+
+    degrees: Degrees
+    world: DeviceMesh
+    _made: dict[str, DeviceMesh] = field(default_factory=dict)
+
+    def size(self, *names: str) -> int:
+        """Return the number of ranks along dimensions."""
+        d = self.degrees
+        sizes = {"dp_mod": d.dp_shard // d.ep}
+        out = 1
+        for name in names:
+            out *= sizes[name] if name in sizes else int(getattr(d, name))
+        return out
+
+    def sub(self, *names: str) -> DeviceMesh:
+        """Return the one-dimensional mesh of this rank along dimensions.
+
+        Every rank must ask for the same ones in the same order. Of ``pp``, ``cp``, ``tp`` and
+        ``ep`` there is none where the degree is 1.
+        """
+        there = [n for n in names if n in (self.world.mesh_dim_names or ())]
+        key = "_".join(there)
+        if key not in self._made:
+            mesh = self.world[tuple(there)] if len(there) > 1 else self.world[there[0]]
+            self._made[key] = mesh._flatten(key) if len(there) > 1 else mesh
+        return self._made[key]
+
+    def group(self, *names: str) -> dist.ProcessGroup | None:
+        """Return the process group along dimensions; None when this rank is alone in it."""
+        return self.sub(*names).get_group() if self.size(*names) > 1 else None
+
+    def rank(self, *names: str) -> int:
+        """Return where this rank is along dimensions."""
+        return self.sub(*names).get_local_rank() if self.size(*names) > 1 else 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+        kind = self.world.device_type
+        return (
+            torch.device(kind, torch.cuda.current_device())
+            if kind == "cuda"
+            else torch.device(kind)
+        )
+
+
+def build_meshes(degrees: Degrees, device_type: str) -> Meshes:
+    """Return the meshes of a layout; the process group exists, every rank calls this."""
+    sizes = {
+        "pp": degrees.pp,
+        "dp_replicate": degrees.dp_replicate,
+        "dp_mod": degrees.dp_shard // degrees.ep,
+        "ep": degrees.ep,
+        "cp": degrees.cp,
+        "tp": degrees.tp,
+    }
+    names = tuple(n for n, size in sizes.items() if size > 1 or n == "dp_mod")
+    shape = tuple(sizes[n] for n in names)
+    meshes = Meshes(degrees, init_device_mesh(device_type, shape, mesh_dim_names=names))
+    for parts in (DP, FSDP, EXPERT_FSDP, TOKENS):
+        meshes.sub(*parts)  # groups are made now, by all ranks in the same order
+    return meshes
+
+
+def choose_device(wish: str) -> str:
+    """Return ``cpu`` or ``cuda``; ``auto`` takes CUDA where there is one."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if wish == "auto" else wish
+
 
 @contextmanager
-def process_group(rank: int, world_size: int, store: Path) -> Iterator[DeviceMesh]:
-    """Join the ranks that share ``store`` and yield their one-dimensional mesh ``dp_shard``.
+def process_group(
+    rank: int, world_size: int, store: Path | None = None, device_type: str = "cpu"
+) -> Iterator[None]:
+    """Join the other ranks, and leave them at the end.
 
     Args:
         rank: of this process.
         world_size: number of processes.
-        store: a file that did not exist before the first rank came.
+        store: a file that did not exist before the first rank came; None: as the environment says.
+        device_type: ``cuda`` computes on this machine's GPU number ``LOCAL_RANK`` and has gloo
+            for tensors in CPU memory.
     """
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    backend = "gloo"
+    if device_type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)) % torch.cuda.device_count())
+        backend = "cpu:gloo,cuda:nccl"
+    method = f"file://{store}" if store else "env://"
+    dist.init_process_group(backend, init_method=method, rank=rank, world_size=world_size)
     try:
-        yield init_device_mesh("cpu", (world_size,), mesh_dim_names=("dp_shard",))
+        yield
     finally:
         dist.destroy_process_group()
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .config import ModelConfig
+from .model_config import ModelConfig
 
 
 class RMSNorm(nn.Module):

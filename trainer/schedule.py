@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import cos, pi
 
-from .config import ScheduleConfig
+from .sections import ScheduleConfig
 
 
 def rate(step: int, steps: int, config: ScheduleConfig) -> float:

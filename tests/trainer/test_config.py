@@ -7,18 +7,11 @@ from pathlib import Path
 
 import pytest
 from mconv.errors import ConfigError
-from mconv.trainer.config import (
-    DataConfig,
-    ModelConfig,
-    OptimConfig,
-    RunConfig,
-    SaveConfig,
-    ScheduleConfig,
-    TrainConfig,
-    dump_config,
-    load_config,
-)
+from mconv.trainer.config import RunConfig, dump_config, load_config
+from mconv.trainer.degrees import resolve
+from mconv.trainer.model_config import ModelConfig
 from mconv.trainer.schedule import rate
+from mconv.trainer.sections import DataConfig, OptimConfig, SaveConfig, ScheduleConfig, TrainConfig
 
 
 def config(folder: Path) -> RunConfig:
@@ -68,9 +61,9 @@ def test_mistakes_are_named(tmp_path: Path, old: str, new: str, said: str) -> No
 
 
 def test_batch_must_fit_the_ranks(tmp_path: Path) -> None:
-    config(tmp_path).check_world(2)
-    with pytest.raises(ConfigError, match="use 6"):
-        config(tmp_path).check_world(3)
+    assert resolve(config(tmp_path), 2).rows == 2
+    with pytest.raises(ConfigError, match="ranks=3 does not divide batch=4; use 1, 2, 4"):
+        resolve(config(tmp_path), 3)
 
 
 def test_schedule() -> None:

@@ -8,9 +8,9 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from mconv.errors import ConfigError  # noqa: E402
-from mconv.trainer.config import ModelConfig  # noqa: E402
 from mconv.trainer.init import materialize  # noqa: E402
 from mconv.trainer.model import Decoder  # noqa: E402
+from mconv.trainer.model_config import ModelConfig  # noqa: E402
 
 SIZES = {"vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2}
 CASES = {
@@ -66,10 +66,9 @@ def test_config_survives_transformers() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"model_type": "qwen2"},
-        {"head_dim": 64},
-        {"attention_bias": True},
-        {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"model_type": "gpt2"},
+        {"mlp_bias": True},
+        {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
     ],
     ids=str,
 )
