@@ -26,6 +26,7 @@ _NAMES = (
     "vocab.txt",
     "tekken.json",
     "spiece.model",
+    "sentencepiece.bpe.model",
     "chat_template.json",
     "chat_template.jinja",
 )

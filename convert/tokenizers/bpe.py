@@ -26,12 +26,20 @@ def bpe_tokens(tokenizer: BpeTokenizer, vocab_size: int | None) -> tuple[list[st
     Raises:
         ConfigError: the tokenizer has more tokens than the model.
     """
+    return placed_tokens(tokenizer, vocab_size, _decoder(tokenizer))
+
+
+def placed_tokens(
+    tokenizer: BpeTokenizer, vocab_size: int | None, decode: Callable[[str], str]
+) -> tuple[list[str], list[int]]:
+    """Return the text and type of every id; ``decode`` turns an added token into what it prints."""
     size = vocab_size or tokenizer.size
     if tokenizer.size > size:
         raise ConfigError(
             f"{tokenizer.path}: the tokenizer has ids up to {tokenizer.size - 1}, the model has "
             f"{size} tokens (vocab_size); this tokenizer belongs to another model, or the "
-            "embedding was not resized after tokens were added"
+            "embedding was not resized after tokens were added: --vocab-fix trim drops those "
+            "tokens, --vocab-fix pad gives them rows of zeros"
         )
     tokens = [f"[PAD{i}]" for i in range(size)]
     types = [int(TokenType.UNUSED)] * size
@@ -39,7 +47,6 @@ def bpe_tokens(tokenizer: BpeTokenizer, vocab_size: int | None) -> tuple[list[st
         if not 0 <= index < size:
             raise ConfigError(f"{tokenizer.path}: token {text!r} has the id {index}")
         tokens[index], types[index] = text, int(TokenType.NORMAL)
-    decode = _decoder(tokenizer)
     for index, token in tokenizer.added.items():
         tokens[index], types[index] = _added(token, decode)
     return tokens, types

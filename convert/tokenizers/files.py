@@ -15,7 +15,15 @@ from ...errors import ConfigError
 from ...shardio.assets import load_json
 
 #: Any of these makes a folder a tokenizer folder.
-VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", "vocab.txt")
+VOCABULARY_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "tekken.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
 
 
 @dataclass(frozen=True, slots=True)

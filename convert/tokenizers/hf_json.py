@@ -1,4 +1,4 @@
-"""Read ``tokenizer.json`` (or ``vocab.json`` + ``merges.txt``) into plain vocabulary and merges.
+"""Read ``tokenizer.json`` (or ``vocab.json`` + ``merges.txt``, or ``vocab.txt``) into plain data.
 
 Format: the serialization of Hugging Face ``tokenizers``. Merges come as ``"a b"`` or as
 ``["a", "b"]``; a space inside a merge part is written as the byte-level letter for a space, since
@@ -20,6 +20,7 @@ _CLASS_SPECIALS: Mapping[str, tuple[str, ...]] = {
     "GPT2Tokenizer": ("<|endoftext|>",),
     "Qwen2Tokenizer": ("<|endoftext|>",),
     "CodeGenTokenizer": ("<|endoftext|>",),
+    "BertTokenizer": ("[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]"),
 }
 
 
@@ -35,7 +36,9 @@ class AddedToken:
 
 @dataclass(frozen=True, slots=True)
 class BpeTokenizer:
-    """A BPE tokenizer: ``vocab`` maps text to id, ``added`` is by id, ``document`` the JSON."""
+    """A BPE or WordPiece tokenizer: ``vocab`` maps text to id, ``added`` is by id, ``document`` the
+    JSON.
+    """
 
     path: str
     vocab: Mapping[str, int]
@@ -59,23 +62,28 @@ class BpeTokenizer:
         return token in self.vocab or any(t.content == token for t in self.added.values())
 
 
-def load_bpe(files: TokenizerFiles) -> BpeTokenizer:
-    """Read the BPE tokenizer of a folder.
+def load_bpe(files: TokenizerFiles, kind: str = "BPE") -> BpeTokenizer:
+    """Read the tokenizer of a folder, as ``tokenizer.json`` or in the older files of its kind.
+
+    Args:
+        files: the folder.
+        kind: ``BPE`` (else in ``vocab.json`` and ``merges.txt``) or ``WordPiece`` (else in
+            ``vocab.txt``; has no merges).
 
     Raises:
-        ConfigError: neither form is there, the model is not BPE, or an entry is malformed.
+        ConfigError: neither form is there, the model is of another kind, or an entry is malformed.
     """
     settings = files.json("tokenizer_config.json") or {}
     document = files.json("tokenizer.json")
     if document is not None:
         path = str(files.folder / "tokenizer.json")
         model = document.get("model") or {}
-        kind = model.get("type", "BPE")
-        if kind != "BPE" or not isinstance(model.get("vocab"), dict):
-            raise ConfigError(f"{path}: holds a {kind} model where BPE is needed")
+        found_kind = model.get("type", "BPE")
+        if found_kind != kind or not isinstance(model.get("vocab"), dict):
+            raise ConfigError(f"{path}: holds a {found_kind} model where {kind} is needed")
         vocab, merges = model["vocab"], _merges(path, model.get("merges") or [])
     else:
-        document, (path, vocab, merges) = {}, _two_files(files)
+        document, (path, vocab, merges) = {}, (_two_files if kind == "BPE" else _lines)(files)
     if not all(type(index) is int and index >= 0 for index in vocab.values()):
         raise ConfigError(f"{path}: the vocabulary holds ids that are no whole numbers")
     if not all(isinstance(merge, str) for merge in merges):
@@ -95,6 +103,15 @@ def _two_files(files: TokenizerFiles) -> tuple[str, Mapping[str, int], Sequence[
         lines = lines[1:]
     pairs = [line.split() for line in lines]
     return str(path), vocab, [" ".join(pair) for pair in pairs if len(pair) == 2]
+
+
+def _lines(files: TokenizerFiles) -> tuple[str, Mapping[str, int], Sequence[str]]:
+    """Read ``vocab.txt``: one token per line, the line number is the id."""
+    text = files.text("vocab.txt")
+    if text is None:
+        raise ConfigError(f"{files.folder}: needs tokenizer.json or vocab.txt")
+    lines = text.removesuffix("\n").split("\n")
+    return str(files.folder / "vocab.txt"), {line: n for n, line in enumerate(lines)}, ()
 
 
 def _merges(path: str, merges: Sequence[Any]) -> Sequence[str]:
@@ -142,7 +159,9 @@ def _name_specials(found: BpeTokenizer) -> BpeTokenizer:
         more = found.settings.get(key)
         names += [token_text(entry) for entry in more] if isinstance(more, list) else []
     if not found.document:
-        names += _CLASS_SPECIALS.get(str(found.settings.get("tokenizer_class", "")), ())
+        default = "BertTokenizer" if found.path.endswith("vocab.txt") else ""
+        named = str(found.settings.get("tokenizer_class") or default).removesuffix("Fast")
+        names += _CLASS_SPECIALS.get(named, ())
     added = dict(found.added)
     by_text = {token.content: token for token in added.values()}
     for name in names:

@@ -81,7 +81,7 @@ def _config_id(config: Mapping[str, Any], role: str) -> object:
 def _normalizer(normalizer: object) -> tuple[bool | None, bool | None]:
     """Return (lowercase, strip accents) as far as the normalizer says."""
     lowercase = strip = None
-    for step in _flat(normalizer, "normalizers"):
+    for step in flat(normalizer, "normalizers"):
         kind = step.get("type")
         if kind == "Lowercase":
             lowercase = True
@@ -93,20 +93,20 @@ def _normalizer(normalizer: object) -> tuple[bool | None, bool | None]:
     return lowercase, strip
 
 
-def _flat(node: object, inner: str) -> list[Mapping[str, Any]]:
+def flat(node: object, inner: str) -> list[Mapping[str, Any]]:
     """Return the steps of a normalizer or post-processor, sequences unrolled."""
     if not isinstance(node, Mapping):
         return []
     if node.get("type") != "Sequence":
         return [node]
-    return [step for part in node.get(inner) or () for step in _flat(part, inner)]
+    return [step for part in node.get(inner) or () for step in flat(part, inner)]
 
 
 def _read_post_processor(state: _State, node: object) -> None:
     named = state.named
     named["bos"] = named["bos"] or named["cls"]
     named["eos"] = named["eos"] or named["sep"]
-    for step in _flat(node, "processors"):
+    for step in flat(node, "processors"):
         kind = step.get("type")
         if kind == "ByteLevel":
             state.add.setdefault("bos", False)

@@ -52,7 +52,7 @@ def load_spm(files: TokenizerFiles, vocab_size: int | None, *, plain: bool = Fal
     """
     path = files.path("tokenizer.model")
     assert path is not None
-    tokens, scores, types = _read_model(path)
+    tokens, scores, types = read_pieces(path)
     size = vocab_size or len(tokens)
     if len(tokens) > size:
         logger.warning("%s: ids from %d on are beyond the vocabulary, dropped", path, size)
@@ -69,7 +69,12 @@ def load_spm(files: TokenizerFiles, vocab_size: int | None, *, plain: bool = Fal
     return tokens, scores, types
 
 
-def _read_model(path: Path) -> Pieces:
+def read_pieces(path: Path) -> Pieces:
+    """Return what a SentencePiece model holds, in the types that llama.cpp's converter sees.
+
+    Raises:
+        FormatError: the file is not such a model.
+    """
     from sentencepiece import SentencePieceProcessor
 
     model = SentencePieceProcessor()
