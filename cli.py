@@ -24,6 +24,7 @@ _COMMANDS = {
     "reshard": "Merge or reshard a checkpoint into another layout.",
     "to-gguf": "Convert a checkpoint of any layout to GGUF.",
     "quantize": "Quantize a GGUF model to one or several types.",
+    "tokenize": "Encode text for training; can train a small tokenizer.",
     "roundtrip": "Prove that a chain of conversions loses nothing.",
     "ollama": "Install models into Ollama, prove their prompts, verify, bundle, lint.",
     "modelfile": "Make a Modelfile with a proven prompt template, or check one.",

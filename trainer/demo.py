@@ -26,7 +26,6 @@ from ..errors import ConfigError, OutputError
 from ..shardio import open_checkpoint
 from ..shardio.report import Inspection, inspect_checkpoint
 from .config import RunConfig, dump_config
-from .data import write_tokens
 from .launch import launch
 from .metrics import StepMetrics, read_metrics
 from .model_config import ModelConfig
@@ -38,7 +37,9 @@ from .proof import (
     merged_equals_torch,
 )
 from .sections import DataConfig, OptimConfig, SaveConfig, ScheduleConfig, TrainConfig
-from .tokenizer import encode_documents, load_tokenizer, train_tokenizer
+from .token_file import write_tokens
+from .tokenizer import encode_documents, load_tokenizer
+from .train_tokenizer import train_tokenizer
 
 TARGETS = ("Q8_0", "Q4_K_M")
 PROMPT = "The lighthouse at"

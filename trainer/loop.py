@@ -68,9 +68,8 @@ def _step(
     lr = config.optim.lr * rate(step, config.train.steps, config.schedule)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    rows = torch.from_numpy(data.batch(step, config.train.batch, rank, world_size))
-    labels = rows[:, 1:]
-    loss = token_loss(model(rows[:, :-1]), labels, count_labels(labels))
+    batch = data.batch(step, config.train.batch, rank, world_size)
+    loss = token_loss(model(batch.inputs), batch.labels, count_labels(batch.labels))
     torch.autograd.backward(loss)
     norm = _whole(torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.clip))
     optimizer.step()

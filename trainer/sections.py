@@ -167,19 +167,57 @@ class ScheduleConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataConfig:
-    """``tokens``: a one-dimensional ``.npy`` file; ``tokenizer``: its folder, saved along."""
+    """What is trained on.
+
+    Attributes:
+        tokens: a token file, a folder of ``mconv tokenize``, or text (``.txt``, ``.jsonl``, ...),
+            which is encoded at the start of the run.
+        tokenizer: its folder, saved along.
+        packing: ``concat`` cuts the tokens into samples, ``first_fit`` puts whole documents into
+            them, ``auto`` does the latter where not every token is learned (conversations).
+        separate: documents of a sample do not see each other, and their positions start anew.
+        separator: what stands between the documents of a ``.txt``; empty: a file is one document.
+    """
 
     tokens: Path
     tokenizer: Path
+    packing: str = "auto"
+    separate: bool = True
+    separator: str = ""
+
+    def __post_init__(self) -> None:
+        _one_of("data.packing", self.packing, ("auto", "concat", "first_fit"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraConfig:
-    """Low-rank adapters; ``rank`` 0 trains the whole model."""
+    """Low-rank adapters on linear layers; the rest of the model is frozen.
+
+    Attributes:
+        rank: of the update; 0 trains the whole model.
+        alpha: the update is scaled by alpha / rank (rsLoRA: alpha / sqrt(rank)).
+        targets: last parts of the names of the linear layers that get one.
+        dropout: part of a layer's inputs that its update does not see.
+        rslora: scale by alpha / sqrt(rank).
+    """
 
     rank: int = 0
     alpha: float = 16.0
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    dropout: float = 0.0
+    rslora: bool = False
+
+    def __post_init__(self) -> None:
+        _at_least("lora.rank", self.rank, 0)
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"lora.dropout must be at least 0 and less than 1: {self.dropout}")
+        if not self.targets:
+            raise ConfigError("lora.targets is empty: name the layers that are trained")
+
+    @property
+    def scale(self) -> float:
+        """The factor of the update."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,18 +250,42 @@ class LogConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalConfig:
-    """``every``: steps between evaluations, 0 for none; ``batches``: of each."""
+    """Validation and samples.
+
+    Attributes:
+        every: steps between evaluations; 0 for none.
+        batches: of ``train.batch`` rows, in each.
+        tokens: what is evaluated, as ``data.tokens``; without it only a sample is written.
+        prompt: text to be continued greedily; empty for no sample.
+        sample_tokens: at most so many.
+    """
 
     every: int = 0
     batches: int = 1
+    tokens: Path | None = None
+    prompt: str = ""
+    sample_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        _at_least("eval.every", self.every, 0)
+        _at_least("eval.batches", self.batches, 1)
+        if self.every and self.tokens is None and not self.prompt:
+            raise ConfigError("eval.every needs eval.tokens (a loss) or eval.prompt (a sample)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImatrixConfig:
-    """When an importance matrix is collected: each ``every`` steps, or ``at_end``."""
+    """An importance matrix for quantization, measured on the training data.
+
+    Attributes:
+        every: every so many steps the inputs of a training step are measured; 0: none.
+        at_end: measured on ``batches`` more batches when the run is done.
+        batches: of ``at_end``.
+    """
 
     every: int = 0
     at_end: bool = False
+    batches: int = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ from mconv.errors import ConfigError, TrainError  # noqa: E402
 from mconv.shardio import open_checkpoint  # noqa: E402
 from mconv.trainer.checkpoint import load_model, step_folder  # noqa: E402
 from mconv.trainer.config import RunConfig, dump_config  # noqa: E402
-from mconv.trainer.data import open_tokens, write_tokens  # noqa: E402
+from mconv.trainer.data import open_tokens  # noqa: E402
 from mconv.trainer.demo import documents  # noqa: E402
 from mconv.trainer.init import materialize  # noqa: E402
 from mconv.trainer.launch import launch  # noqa: E402
@@ -23,7 +23,9 @@ from mconv.trainer.model import Decoder  # noqa: E402
 from mconv.trainer.model_config import ModelConfig  # noqa: E402
 from mconv.trainer.schedule import rate  # noqa: E402
 from mconv.trainer.sections import DataConfig, OptimConfig, SaveConfig, ScheduleConfig, TrainConfig  # noqa: E402
-from mconv.trainer.tokenizer import encode_documents, train_tokenizer  # noqa: E402
+from mconv.trainer.token_file import write_tokens  # noqa: E402
+from mconv.trainer.tokenizer import encode_documents  # noqa: E402
+from mconv.trainer.train_tokenizer import train_tokenizer  # noqa: E402
 
 
 def prepared(folder: Path) -> RunConfig:
@@ -67,9 +69,9 @@ def plain_loop(config: RunConfig) -> tuple[list[tuple[float, float]], Decoder]:
     for step in range(train.steps):
         for group in optimizer.param_groups:
             group["lr"] = config.optim.lr * rate(step, train.steps, config.schedule)
-        rows = torch.from_numpy(data.batch(step, train.batch))
-        logits = model(rows[:, :-1])
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+        batch = data.batch(step, train.batch)
+        logits = model(batch.inputs)
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten())
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), train.clip)
