@@ -42,13 +42,23 @@ def read_optimizer(
     inner = f.sub("optimizer_state_dict") if "optimizer_state_dict" in f.data else f
     table = inner.mapping("state") or {}
     settings = plain(inner.get("param_groups")) or []
-    scalars = {"param_groups": settings, "loss_scale": f.plain("cur_scale")}
+    scalars: dict[str, Any] = {"param_groups": settings, "loss_scale": f.plain("cur_scale")}
+    if "dynamic_loss_scale" in f.data:
+        scaling = {k: f.plain(k) for k in ("cur_scale", "cur_iter", "scale_factor", "scale_window")}
+        scalars["loss_scaler"] = {"dynamic": f.plain("dynamic_loss_scale"), **scaling}
+    first = next((s for s in table.values() if isinstance(s, dict)), {})
+    scalars["optimizer_steps"] = [plain(first.get("step"))]
     names = {n: w.shape for n, w in weights.items() if n not in model.buffers}
     reader = _Reader(model, f, table)
     flat = "fp32_groups_flat" in f.data
     states = reader.flat(names) if flat else reader.shaped(names, settings)
     if states is None:
         return {}, scalars, [_NAMELESS]
+    if len(reader.groups) == len(settings):
+        scalars["param_groups"] = [
+            {**s, "params": list(g)} if isinstance(s, dict) else s
+            for s, g in zip(settings, reader.groups, strict=True)
+        ]
     return states, scalars, []
 
 
@@ -57,13 +67,19 @@ class _Reader:
         self.model = model
         self.f = f
         self.table = table
+        self.groups: Grouped = []
 
     def flat(self, names: Mapping[str, Shape]) -> States | None:
         """One vector per group."""
         masters = [self.f.flat(t, "fp32_groups_flat") for t in self.f.items("fp32_groups_flat")]
-        groups = _split_by_size(names, [m.numel for m in masters])
+        sizes = [m.numel for m in masters]
+        listed = self._listed(names)
+        if listed is None or [sum(map(prod, g.values())) for g in listed] != sizes:
+            listed = None
+        groups = listed or _split_by_size(names, sizes)
         if groups is None:
             return None
+        self.groups = groups
         found: States = {}
         for k, (group, master) in enumerate(zip(groups, masters, strict=True)):
             vectors = {"master": master}
@@ -84,9 +100,13 @@ class _Reader:
             tensors = group if isinstance(group, list) else [group]
             masters.append([t for t in tensors if type(t) is StoredTensor])
         shapes = [[t.shape for t in g] for g in masters] or self._state_shapes(settings)
-        groups = _split_by_shape(names, shapes)
+        listed = self._listed(names)
+        if listed is None or [len(g) for g in listed] != [len(s) for s in shapes]:
+            listed = None
+        groups = listed or _split_by_shape(names, shapes)
         if groups is None:
             return None
+        self.groups = groups
         found: States = {}
         index = 0
         for g, group in enumerate(groups):
@@ -98,6 +118,13 @@ class _Reader:
                         found.setdefault(state, {})[name] = lazy(t, self.model.source)
                 index += 1
         return found
+
+    def _listed(self, names: Mapping[str, Shape]) -> Grouped | None:
+        """The groups that the file itself lists (mconv does, DeepSpeed does not)."""
+        groups = self.model.groups
+        if not groups or any(names.get(n) != s for g in groups for n, s in g.items()):
+            return None
+        return [dict(g) for g in groups]
 
     def _tensors(self, index: int) -> dict[str, StoredTensor]:
         state = self.table.get(index)

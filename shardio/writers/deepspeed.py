@@ -1,6 +1,7 @@
-"""``--to deepspeed``: ZeRO-1, 2 or 3 for ``dp`` ranks, which ``load_checkpoint`` resumes.
+"""``--to deepspeed``: ZeRO stage 0 to 3 for ``dp`` ranks, which ``load_checkpoint`` resumes.
 
-``<tag>/`` with a model file (stage 3: one per rank), an optimizer file per rank, and ``latest``.
+``<tag>/`` with a model file (stage 3: one per rank), an optimizer file per rank (stage 0 has it in
+the model file, whatever ``dp``), and ``latest``.
 Parameters lie in the flat vectors in the order of the checkpoint's weights, which must be the order
 in which the model registers them. Without optimizer states only stage 3 has optimizer files, since
 its weights lie there.
@@ -12,10 +13,10 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ...errors import LayoutError
 from ..box import Index
 from ..checkpoint import Checkpoint
 from ..deepspeed.flat_cut import FlatGroup, shard_vector, subgroups
+from ..deepspeed.stage0_cut import stage0_optimizer
 from ..deepspeed.state_files import SUB_GROUP, Source, model_state, optimizer_head, source_of
 from ..dtypes import BFLOAT16, is_float
 from ..layout import Layout
@@ -33,13 +34,11 @@ def plan(ckpt: Checkpoint, layout: Layout) -> Planned:
     """Plan the save folder.
 
     Raises:
-        LayoutError: stage 0, or axes other than dp.
+        LayoutError: axes other than dp.
     """
     only_axes(layout, "dp", "zero_stage")
-    if not layout.zero_stage:
-        raise LayoutError("deepspeed: give the ZeRO stage: --zero-stage 1, 2 or 3")
     source = source_of(ckpt, layout, layout.zero_stage)
-    make = _sharded if layout.zero_stage == 3 else _replicated
+    make = {0: _whole, 3: _sharded}.get(layout.zero_stage, _replicated)
     files = list(make(source, layout))
     files.append(plan_bytes("latest", source.tag.encode()))
     return Planned((*files, *assets(ckpt)), tuple(source.notes))
@@ -75,6 +74,20 @@ def _optimizer(source: Source, states: Mapping[int, Any], params: list[list[int]
         {**g.settings, "params": p} for g, p in zip(source.training.groups, params, strict=True)
     ]
     return {"state": dict(states), "param_groups": groups}
+
+
+# -- stage 0 --------------------------------------------------------------------------------------
+
+
+def _whole(source: Source, layout: Layout) -> Iterator[OutFile]:
+    """One file for all ranks."""
+    state = model_state(source, _module(source), layout.dp)
+    state["optimizer"] = stage0_optimizer(source)
+    # DeepSpeed writes None and never looks at it; without it nobody could name the parameters
+    state["param_shapes"] = _param_shapes(_shapes(source))
+    state["frozen_param_shapes"] = state["frozen_param_fragments"] = None
+    source.note("ZeRO stage 0: every rank holds the whole optimizer; --zero-stage 1, 2 or 3 cut it")
+    yield plan_torch_file(f"{source.tag}/mp_rank_00_model_states.pt", state)
 
 
 # -- stages 1 and 2 -------------------------------------------------------------------------------
@@ -201,4 +214,4 @@ def _optimizer_shard(
     return _optimizer_file(source, rank, optimizer)
 
 
-WRITER = Writer("deepspeed", "DeepSpeed ZeRO-1, 2 or 3", "hf", plan, ordered=True)
+WRITER = Writer("deepspeed", "DeepSpeed ZeRO-0 to 3", "hf", plan, ordered=True)

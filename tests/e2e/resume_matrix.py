@@ -57,6 +57,20 @@ CASES: dict[str, tuple[int, Run, list[str], int, Run]] = {
         2,
         partial(run_deepspeed, stage=2, dtype="fp32"),
     ),
+    "zero3-to-zero0-fp32": (
+        3,
+        partial(run_deepspeed, stage=3, dtype="fp32"),
+        ["deepspeed:zero=0"],
+        2,
+        partial(run_deepspeed, stage=0, dtype="fp32"),
+    ),
+    "zero0-to-zero1-to-zero0-bf16": (
+        2,
+        partial(run_deepspeed, stage=0, dtype="bf16", count=1),
+        ["deepspeed:zero=1,dp=3", "deepspeed:zero=0"],
+        3,
+        partial(run_deepspeed, stage=0, dtype="bf16", count=1),
+    ),
     "zero2-to-universal-to-zero3": (
         2,
         partial(run_deepspeed, stage=2, dtype="fp32", tied=True, count=1),

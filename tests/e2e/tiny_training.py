@@ -176,7 +176,7 @@ def run_deepspeed(
         path, _ = engine.load_checkpoint(str(load))
         assert path is not None, f"nothing was loaded from {load}"
         if forget:
-            _forget(engine.optimizer.optimizer)
+            _forget(getattr(engine.optimizer, "optimizer", engine.optimizer))
     losses = []
     for step in range(first, last):
         if step == save_at:
