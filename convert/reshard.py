@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..errors import UnsupportedError
 from ..shardio import Checkpoint, Layout, dtypes, open_checkpoint
 from ..shardio.assets import find_assets, load_config, load_json
 from ..shardio.safetensors_plan import plan_json
@@ -18,6 +19,8 @@ from ..shardio.writers import Planned, get_writer
 from .model_order import in_model_order
 from .naming import from_hf
 from .prepare import prepare
+
+GGUF = "gguf"  # a target, though not a training layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +69,8 @@ def reshard(
     Args:
         src: an opened checkpoint or its path.
         dst: output folder.
-        layout: target; ``Layout("hf")`` merges to Hugging Face safetensors. Its ``dtype`` casts the
-            weights.
+        layout: target; ``Layout("hf")`` merges to Hugging Face safetensors, ``Layout("gguf")``
+            makes ``dst`` a GGUF file. Its ``dtype`` casts the weights.
         weights: ``model`` or ``master`` (the optimizer's fp32 copies).
         with_optimizer: also write the optimizer states; None: where the target is a layout to train
             on and the source has them.
@@ -89,7 +92,17 @@ def reshard(
     """
     ckpt = opened(src, config)
     layout = layout or Layout("hf")
-    writer = get_writer(layout.format)
+    if layout.format == GGUF:
+        if with_optimizer:
+            raise UnsupportedError("format 'gguf' holds weights only: write with --weights-only")
+        from .gguf_target import reshard_to_gguf  # which needs this module
+
+        return reshard_to_gguf(
+            ckpt, Path(dst), layout, weights=weights, vocab_size=vocab_size, tokenizer=tokenizer,
+            verify=verify, force=force, resume=resume, dry_run=dry_run, limits=limits,
+            progress=progress,
+        )  # fmt: skip
+    writer = get_writer(layout.format, also=[GGUF])
     if with_optimizer is None:
         with_optimizer = writer.resumes and bool(ckpt.optimizer)
     ready = prepare(

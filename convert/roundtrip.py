@@ -22,7 +22,7 @@ from ..shardio.tensor import LazyTensor
 from ..shardio.training_state import MASTER, optimizer_step
 from ..shardio.writers import get_writer
 from .prepare import prepare, vocab_size_of
-from .reshard import ReshardReport, opened, reshard
+from .reshard import GGUF, ReshardReport, opened, reshard
 
 Step = Callable[[Layout], None]
 
@@ -88,6 +88,8 @@ def roundtrip(
     if not layouts:
         raise ConfigError("roundtrip: give at least one layout with --via")
     for layout in layouts:
+        if layout.format == GGUF:
+            raise ConfigError("roundtrip: gguf holds a model for inference, which is not read back")
         get_writer(layout.format)  # a misspelt format is refused before anything is written
         if layout.dtype is not None:
             raise ConfigError(

@@ -6,6 +6,7 @@ trainer how it cuts.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 from ..errors import ConfigError, LayoutError, did_you_mean
@@ -103,3 +104,24 @@ class Layout:
     def describe(self) -> str:
         """One line for people: ``deepspeed dp=4 zero_stage=3``."""
         return " ".join([self.format, *(f"{k}={v}" for k, v in self.sizes().items())])
+
+
+def demand(axis: str, size: int, limit: int, problem: Callable[[int], str | None]) -> None:
+    """Refuse a size that does not fit, with the nearest ones that do.
+
+    Args:
+        axis: its name.
+        size: the wanted one.
+        limit: no larger size is looked for.
+        problem: what is wrong with a size, or None; 1 always fits.
+
+    Raises:
+        LayoutError: with the problem.
+    """
+    bad = problem(size)
+    if bad is None:
+        return
+    below = next(n for n in range(size - 1, 0, -1) if problem(n) is None)
+    above = next((n for n in range(size + 1, limit + 1) if problem(n) is None), None)
+    near = " or ".join(f"{axis}={n}" for n in (below, above) if n is not None)
+    raise LayoutError(f"{axis}={size}: {bad}; nearest valid: {near}")

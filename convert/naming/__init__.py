@@ -12,9 +12,11 @@ import pkgutil
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 from ...errors import ConfigError, did_you_mean
 from ...shardio.checkpoint import Checkpoint
+from ...shardio.state_checkpoint import LateMapping
 from ...shardio.tensor import LazyTensor
 from .record import Model, Naming, Request
 
@@ -82,6 +84,7 @@ def to_hf(
         naming=HF,
         weights=model.table.to_hf(weights, model.sizes),
         optimizer=states,
+        scalars=LateMapping(lambda: _renamed_groups(model, ckpt.scalars, forward=True)),
         config=model.config,
         placements={},
         replicas={},
@@ -121,6 +124,7 @@ def from_hf(ckpt: Checkpoint, naming: str, *, padded_vocab_size: int | None = No
         naming=naming,
         weights=model.table.from_hf(ckpt.weights, model.sizes),
         optimizer=states,
+        scalars=LateMapping(lambda: _renamed_groups(model, ckpt.scalars, forward=False)),
         args=model.args,
         placements={},
         replicas={},
@@ -135,6 +139,24 @@ def _without(
     """Return the tensors whose names do not start so, and the names of the others."""
     kept = {n: t for n, t in tensors.items() if not n.startswith(prefixes)}
     return kept, [n for n in tensors if n not in kept]
+
+
+def _renamed_groups(model: Model, scalars: Mapping[str, Any], *, forward: bool) -> dict[str, Any]:
+    """The scalars, with parameter groups that list weights under their new names."""
+    groups = scalars.get("param_groups")
+    if not isinstance(groups, (list, tuple)):
+        return dict(scalars)
+    taken: set[str] = set()
+    found: list[Any] = []
+    for group in groups:
+        listed = group.get("params") if isinstance(group, Mapping) else None
+        if isinstance(listed, (list, tuple)) and all(isinstance(n, str) for n in listed):
+            names = model.table.counterparts(listed, model.sizes, forward=forward)
+            own = [n for n in names if n not in taken]  # a fused weight is in its first part's
+            taken.update(own)
+            group = {**{k: v for k, v in group.items() if k != "param_names"}, "params": own}
+        found.append(group)
+    return {**scalars, "param_groups": found}
 
 
 def _renamed(model: Model, name: str, forward: bool) -> str:

@@ -18,6 +18,9 @@ from .table import Rule, rule
 _L, _H = "layers.{i}", "model.layers.{i}"
 #: Models of Llama 3.2 with (dim, n_layers): their rotary scaling is 32, which params.json omits.
 _LLAMA_3_2 = ((2048, 16), (3072, 28))
+_LLAMA_3_SCALING = {
+    "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+}  # fmt: skip
 
 
 def outer(head: str = "output.weight") -> tuple[Rule, ...]:
@@ -131,10 +134,8 @@ def settings(ckpt: Checkpoint) -> Settings:
     if params.get("use_scaled_rope"):
         config["rope_scaling"] = {
             "rope_type": "llama3",
-            "factor": 32.0 if (dim, params["n_layers"]) in _LLAMA_3_2 else 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
+            "factor": _factor(dim, params["n_layers"], params),
+            **_LLAMA_3_SCALING,
         }
     return config
 
@@ -168,16 +169,76 @@ def _notes(ckpt: Checkpoint) -> tuple[str, ...]:
 
 
 def _foreign(config: Settings) -> Settings:
-    return {
+    """``params.json``: of Meta for Llama, of Mistral for its models.
+
+    Raises:
+        ConfigError: a rotary scaling that neither code knows.
+    """
+    heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    params: dict[str, Any] = {
         "dim": config["hidden_size"],
         "n_layers": config["num_hidden_layers"],
-        "n_heads": config["num_attention_heads"],
-        "n_kv_heads": config.get("num_key_value_heads") or config["num_attention_heads"],
-        "hidden_dim": config["intermediate_size"],
+        "n_heads": heads,
+        "n_kv_heads": config.get("num_key_value_heads") or heads,
         "vocab_size": config["vocab_size"],
         "norm_eps": config.get("rms_norm_eps", 1e-5),
         "rope_theta": rope_theta(config),
     }
+    scaling = config.get("rope_scaling") or config.get("rope_parameters")
+    if isinstance(scaling, Mapping):
+        params |= _scaled(config, scaling)
+    if config.get("model_type") == "llama":
+        if head_dim * heads != config["hidden_size"]:
+            raise ConfigError(
+                f"head_dim {head_dim} x {heads} heads is not hidden_size {config['hidden_size']}: "
+                "Meta's params.json cannot say so"
+            )
+        return params | _width(config["hidden_size"], config["intermediate_size"])
+    params |= {"head_dim": head_dim, "hidden_dim": config["intermediate_size"]}
+    if config.get("sliding_window"):
+        params["sliding_window"] = config["sliding_window"]
+    if "num_local_experts" in config:
+        params["moe"] = {
+            "num_experts": config["num_local_experts"],
+            "num_experts_per_tok": config.get("num_experts_per_tok", 2),
+        }
+    return params
+
+
+def _width(dim: int, inner: int) -> dict[str, Any]:
+    """How Meta says the MLP's width: 8/3 of ``dim``, times a factor, rounded up to a multiple."""
+    base = int(2 * 4 * dim / 3)
+    for factor in (None, 1.3, 1.5, 1.4, 1.0, 1.2):
+        for multiple in (256, 1024, 4096, 32):
+            if -(-int((factor or 1) * base) // multiple) * multiple == inner:
+                found = {"multiple_of": multiple}
+                return found if factor is None else {"ffn_dim_multiplier": factor, **found}
+    found = {"multiple_of": inner}
+    return found if base <= inner else {"ffn_dim_multiplier": (inner - 0.5) / base, **found}
+
+
+def _scaled(config: Settings, scaling: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotary scaling of Llama 3.1 and later."""
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind == "default":
+        return {}
+    factor = scaling.get("factor")
+    same = all(scaling.get(k) == v for k, v in _LLAMA_3_SCALING.items())
+    if kind != "llama3" or not same or not isinstance(factor, int | float):
+        raise ConfigError(f"Meta's params.json has no word for the rotary scaling {dict(scaling)}")
+    found: dict[str, Any] = {"use_scaled_rope": True}
+    if factor != _factor(config["hidden_size"], config["num_hidden_layers"], {}):
+        found["rope_scaling_factor"] = factor
+    return found
+
+
+def _factor(dim: int, layers: int, params: Mapping[str, Any]) -> float:
+    """What rotary scaling divides by; newer params.json say it, older ones by generation."""
+    said = params.get("rope_scaling_factor")
+    if isinstance(said, int | float):
+        return float(said)
+    return 32.0 if (dim, layers) in _LLAMA_3_2 else 8.0
 
 
 NAMING = World(

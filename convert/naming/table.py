@@ -9,7 +9,7 @@ names that no rule knows and tensors that should be there are all reported at on
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -113,6 +113,21 @@ class Table:
         side, values = hit
         targets = self._sides(self.rules[side.rule], forward)[1]
         return targets[0].format(**dict(values)) if len(targets) == 1 else None
+
+    def counterparts(
+        self, names: Iterable[str], sizes: Sizes, *, forward: bool = True
+    ) -> list[str]:
+        """Return the other world's names of tensors, fused, split or stacked; unknown ones drop."""
+        index = self._index(forward)
+        found: dict[str, None] = {}
+        for name in names:
+            hit = _find(index, name)
+            if hit is None:
+                continue
+            line = self.rules[hit[0].rule]
+            shared = tuple(v for v in hit[1] if v[0] in _shared(line))
+            found |= {n: None for _, n in _expand(self._sides(line, forward)[1], shared, sizes)}
+        return list(found)
 
     # -- application ---------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 
 from ...errors import LayoutError
 from ..box import Index
-from ..layout import Layout
+from ..layout import Layout, demand
 from .names import expert_of, is_expert
 from .settings import number
 
@@ -74,15 +74,7 @@ def _cut_by_tp(shapes: Mapping[str, Index], args: Mapping[str, object], latent_r
 
 
 def _check(axis: str, size: int, cut: Sizes, groups: int | None) -> None:
-    bad = _problem(cut, groups)(size)
-    if bad is None:
-        return
-    problem = _problem(cut, groups)
-    below = next(n for n in range(size - 1, 0, -1) if problem(n) is None)
-    limit = max(n for _, n in cut)
-    above = next((n for n in range(size + 1, limit + 1) if problem(n) is None), None)
-    near = " or ".join(f"{axis}={n}" for n in (below, above) if n is not None)
-    raise LayoutError(f"{axis}={size}: {bad}; nearest valid: {near}")
+    demand(axis, size, max((n for _, n in cut), default=size), _problem(cut, groups))
 
 
 def _problem(cut: Sizes, groups: int | None) -> Callable[[int], str | None]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -65,12 +65,21 @@ def writers() -> Mapping[str, Writer]:
     return found
 
 
-def get_writer(name: str) -> Writer:
-    """Return the writer of that name. Raises ConfigError with the closest known name."""
-    known = writers()
-    if name not in known:
+def get_writer(name: str, also: Sequence[str] = ()) -> Writer:
+    """Return the writer of that name.
+
+    Args:
+        name: what ``--to`` says.
+        also: further targets that the caller knows.
+
+    Raises:
+        ConfigError: with the closest known name.
+    """
+    writer = writers().get(name)
+    if writer is None:
+        known = [*writers(), *also]
         raise ConfigError(
             f"cannot write format {name!r}{did_you_mean(name, known)}; "
             f"targets: {', '.join(sorted(known))}"
         )
-    return known[name]
+    return writer

@@ -236,7 +236,7 @@ def step(ddp: Any, optimizer: Any, tokens: torch.Tensor) -> float:
 
 
 def own_steps(optimizer: Any) -> None:
-    """Core 0.16 loads one step tensor for all parameters, and torch's Adam counts it up for each."""
+    """Core 0.16 loads one step tensor for all parameters; torch's Adam counts it up for each."""
     for one in getattr(optimizer, "chained_optimizers", [optimizer]):
         for state in one.optimizer.state.values():
             state["step"] = state["step"].clone()
