@@ -138,19 +138,6 @@ def test_what_is_not_learned_has_no_label() -> None:
     learned = [(2, 3), (5, 6), (8, 9), (11, 12)]
     expected = [dict(learned).get(place, IGNORE) for place in range(16)]
     assert row.labels[0].tolist() == expected
-        -100,
-        -100,
-        3,
-        -100,
-        -100,
-        6,
-        -100,
-        -100,
-        9,
-        -100,
-        -100,
-        12,
-    ]
     plain = TokenData(filed([7, 6]), 12, 0, separate=False).in_order(0, 1)
     assert plain.labels[0].tolist() == list(range(1, 13))
     assert plain.documents is None
