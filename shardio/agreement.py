@@ -65,7 +65,7 @@ def _problem(master: LazyTensor, weight: LazyTensor, sample: int | None) -> str 
     for box in _boxes(weight.shape, sample):
         region = tuple(slice(a, b) for a, b in zip(*box, strict=True))
         a, b = rounded.read(region), weight.read(region)
-        bad = (a != b) & ~((a != a) & (b != b))  # NaN equals NaN
+        bad = differing(a, b)
         count = int(np.count_nonzero(bad))
         seen += bad.size
         different += count
@@ -74,9 +74,21 @@ def _problem(master: LazyTensor, weight: LazyTensor, sample: int | None) -> str 
             first = tuple(int(i) + lo for i, lo in zip(at, box[0], strict=True))
     if first is None:
         return None
+    return disagreement(different, seen, first, weight.dtype)
+
+
+def differing(rounded: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Return where two arrays of one dtype differ (booleans); NaN equals NaN."""
+    with np.errstate(invalid="ignore"):
+        bad: np.ndarray = (rounded != weights) & ~((rounded != rounded) & (weights != weights))
+    return bad
+
+
+def disagreement(different: int, seen: int, first: tuple[int, ...], dtype: np.dtype) -> str:
+    """Say in words how many of the compared elements are not the rounded masters."""
     return (
         f"{different} of {seen} compared elements differ from their fp32 master rounded to "
-        f"{dtypes.name(weight.dtype)}, first at {list(first)}: rank files are swapped, or "
+        f"{dtypes.name(dtype)}, first at {list(first)}: rank files are swapped, or "
         "weights and optimizer are of different steps"
     )
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .checksums import Checksum
 from .layout import Layout
 from .placement import Placement
 from .tensor import LazyTensor
@@ -34,6 +35,8 @@ class Checkpoint:
         layout: how it was cut.
         placements: weight name to {mesh axis: placement}, for those that are cut.
         replicas: weight name to further copies that must equal it.
+        checksums: what the format's own index says about ranges of its files (those of archives are
+            found in the files).
         tied: alias to the name that holds the tensor.
         assets: config, tokenizer and template files that belong to the model.
         warnings: what a user should know, in plain words.
@@ -52,6 +55,7 @@ class Checkpoint:
     layout: Layout = field(default_factory=Layout)
     placements: Mapping[str, Mapping[str, Placement]] = field(default_factory=dict)
     replicas: Mapping[str, tuple[LazyTensor, ...]] = field(default_factory=dict)
+    checksums: tuple[Checksum, ...] = ()
     tied: Mapping[str, str] = field(default_factory=dict)
     assets: tuple[Path, ...] = ()
     warnings: tuple[str, ...] = ()

@@ -41,6 +41,31 @@ def flaws(tensors: Mapping[str, LazyTensor]) -> list[Flaw]:
     return found
 
 
+def covered(tensors: Mapping[str, LazyTensor]) -> int:
+    """Return how many elements are in a file, at most all; those that lie twice count once if
+    nothing is missing elsewhere. For people: ``flaws`` is the proof.
+    """
+    count = 0
+    for tensor in tensors.values():
+        held = size = 0
+        for leaf in tensor.leaves():
+            size += leaf.size
+            held += _held(leaf) if isinstance(leaf, Chunked) else leaf.size
+        count += tensor.size * min(held, size) // max(size, 1)
+    return count
+
+
+def _held(tensor: Chunked) -> int:
+    full: Box = ((0,) * tensor.ndim, tensor.shape)
+    total = 0
+    for c in tensor.chunks:
+        first, end = c.span(tensor.dtype.itemsize)
+        common = intersect((c.lo, c.hi), full)
+        if common is not None and first >= 0 and end <= c.source.size:
+            total += volume(common)
+    return min(total, tensor.size)
+
+
 def prove(tensors: Mapping[str, LazyTensor], where: object = "") -> None:
     """Raise FormatError naming the first tensors that have holes, overlaps or bytes outside their
     file.

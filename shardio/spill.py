@@ -35,8 +35,8 @@ class Spill:
                 raise FormatError(f"{self._path}: an unpacked item is short")
             done += n
 
-    def __del__(self) -> None:
-        os.close(self._fd)
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        close(self._fd)  # as a default: modules are gone when the interpreter ends
 
 
 class _Slot:

@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from ..errors import FormatError, UnsupportedError
+from .checksums import Checksum
 from .chunked import Chunked
 from .crc32c import crc32c, masked
 from .protobuf import Fields, fields, first, signed, varint
@@ -46,6 +47,7 @@ class Entry:
     offset: int
     size: int
     slices: tuple[tuple[tuple[int, int], ...], ...]  # (start, length) per dim, -1: whole dim
+    crc: int = 0  # masked CRC-32C of the bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +92,21 @@ class Bundle:
             piece = self._at(name, part, sizes)
             chunks += [c.moved(lo) for c in piece.chunks]
         return Chunked(entry.shape, dtype, chunks)
+
+    def checksums(self) -> tuple[Checksum, ...]:
+        """Checksums of all numeric tensors and slices (strings have one of another kind)."""
+        return tuple(
+            Checksum(
+                key.decode("utf-8", "backslashreplace"),
+                self.shards[entry.shard].path,
+                entry.offset,
+                entry.size,
+                "CRC-32C",
+                entry.crc,
+            )
+            for key, entry in self.entries.items()
+            if entry.dtype != STRING and entry.size and entry.shard < len(self.shards)
+        )
 
     def string(self, name: str) -> bytes:
         """Return the only element of a string tensor (varint length, crc, bytes)."""
@@ -229,6 +246,7 @@ def _entry(value: bytes) -> Entry:
         offset=first(found, 4, 0),
         size=first(found, 5, 0),
         slices=slices,
+        crc=first(found, 6, 0),
     )
 
 

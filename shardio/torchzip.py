@@ -61,13 +61,16 @@ class FileSlice:
 
 @dataclass(frozen=True, slots=True)
 class ZipEntry:
-    """One entry: name, bytes in the archive, bytes unpacked, method (0 stored), header position."""
+    """One entry: name, bytes in the archive, bytes unpacked, method (0 stored), header position,
+    CRC-32 of the unpacked bytes (0 when it was not computed).
+    """
 
     name: str
     packed: int
     size: int
     method: int
     header: int
+    crc: int = 0
 
 
 class ZipDirectory:
@@ -115,6 +118,29 @@ class ZipDirectory:
         if entry.size > limit:
             self.source.fail(f"zip entry {entry.name!r} has {entry.size} bytes, limit {limit}")
         return self.source.read(self.stored(entry), entry.size)
+
+
+def archive_start(fd: int, end: int) -> int | None:
+    """Return where the archive begins that ends at byte ``end`` of a file, or None if none does.
+
+    Archives with a comment are not looked for: torch writes none.
+    """
+    at = end - _END.size
+    if at < 0:
+        return None
+    magic, *_, size, start, comment = _END.unpack(os.pread(fd, _END.size, at))
+    if magic != b"PK\x05\x06" or comment:
+        return None
+    if at >= _LOCATOR64.size:
+        locator = os.pread(fd, _LOCATOR64.size, at - _LOCATOR64.size)
+        if locator[:4] == b"PK\x06\x07":
+            at -= _LOCATOR64.size + _END64.size
+            record = _END64.unpack(os.pread(fd, _END64.size, at)) if at >= 0 else (b"",)
+            if record[0] != b"PK\x06\x06":
+                return None
+            size, start = record[8:10]
+    found: int = at - size - start
+    return found if found >= 0 else None
 
 
 def _find_directory(source: FileSlice) -> tuple[int, int, int]:
@@ -176,7 +202,7 @@ def _read_entries(source: FileSlice, raw: bytes, count: int) -> dict[str, ZipEnt
             source.fail(f"zip entry {name[:100]!r} is a duplicate or leaves the archive")
         if flags & 1:
             source.fail(f"zip entry {name[:100]!r} is encrypted")
-        entries[name] = ZipEntry(name, packed, size, method, header)
+        entries[name] = ZipEntry(name, packed, size, method, header, fields[7])
     if len(entries) != count:
         source.fail(f"the zip directory has {len(entries)} entries instead of {count}")
     return entries

@@ -49,7 +49,9 @@ def open_folder(root: Path, options: OpenOptions) -> Checkpoint:
         config=config,
         args=_args(grid, whole) | {"buffer_names": [table.get(n, n) for n in grid.first.buffers]},
         scalars=_scalars(grid, table) | part.scalars,
-        layout=Layout(FORMAT, tp=whole.tp, pp=whole.pp, dp=grid.dp, zero_stage=grid.stage),
+        layout=Layout(
+            FORMAT, tp=whole.tp, pp=whole.pp, ep=grid.ep, dp=grid.dp, zero_stage=grid.stage
+        ),
         placements={table[n]: _mesh(whole, n) for n in part.weights if _mesh(whole, n)},
         replicas={table[n]: tuple(c) for n, c in part.copies.items()},
         tied={table[a]: table.get(o, o) for a, o in part.tied.items()},

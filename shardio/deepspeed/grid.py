@@ -59,6 +59,14 @@ class Grid:
             return len(self.optims[0])
         return self.first.fields.integer("dp_world_size") or 1
 
+    @property
+    def ep(self) -> int:
+        """Expert-parallel ranks: groups of experts are cut over fewer ranks than the others."""
+        ranks = self.optims[0]
+        if not self.folder.experts or not ranks:
+            return 1
+        return max(1, len(ranks) // min(ranks[0].counts))
+
 
 def read_all(paths: Iterable[Path], read: Callable[[Path], T]) -> list[T]:
     """Open many rank files; several at a time, for file systems with high latency."""

@@ -79,6 +79,7 @@ def open_tensorflow(root: Path, options: OpenOptions) -> Checkpoint:
         step=_step(bundle),
         config=config,
         layout=Layout(format="tensorflow"),
+        checksums=bundle.checksums(),
         assets=assets,
         warnings=tuple(notes),
     )
