@@ -69,4 +69,7 @@ class Hook:
         """After every step; ``run.state.step`` has been counted."""
 
     def stop(self, run: Run) -> None:
-        """After the last step, also when a signal or an error of another hook ended the run."""
+        """After the last step, whether all were done or ``run.stop`` was set."""
+
+    def fail(self, run: Run) -> None:
+        """Instead of ``stop`` when an error ends the run; other ranks may be gone already."""

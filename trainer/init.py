@@ -1,50 +1,79 @@
 """Memory and initial weights, independent of the parallel layout.
 
 Every parameter has a generator of its own, seeded by its name and the run's seed; a rank draws the
-whole tensor and keeps its part. (Drawing into a ``DTensor`` shard directly would give every rank
-the same numbers on CPU, and other numbers for every layout.)
+whole tensor in float32 and keeps its region. (Drawing into a ``DTensor`` shard directly would give
+every rank the same numbers on CPU, and other numbers for every layout.)
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from hashlib import blake2b
 
 import torch
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from .model import Decoder
+from .norm import RMSNorm
 
 _DEVIATION = 0.02
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-def materialize(model: Decoder, seed: int) -> None:
-    """Allocate a model built on the meta device (sharded or not) and fill it, in place.
+def materialize(part: Decoder, seed: int, device: torch.device | str = "cpu") -> None:
+    """Allocate a model part built on the meta device (cut or not) and fill it, in place.
 
-    Norms (vectors) become ones, matrices N(0, 0.02²). A tied head is tied again: moving a model off
+    Norms are the identity, biases zero, all others N(0, 0.02²). A tied head is tied again: leaving
     the meta device parts shared parameters.
 
     Args:
-        model: on the meta device.
+        part: on the meta device.
         seed: of the run.
+        device: where its parameters lie.
     """
-    model.to_empty(device="cpu")
-    if model.config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
+    part.to_empty(device=device)
+    part.tie()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 1:
-                parameter.fill_(1.0)
-                continue
-            full = torch.empty(parameter.shape, dtype=parameter.dtype)
-            full.normal_(0.0, _DEVIATION, generator=_generator(name, seed))
-            parameter.copy_(_part(full, parameter))
+        for module_name, module in part.named_modules():
+            for leaf, parameter in module.named_parameters(recurse=False):
+                name = f"{module_name}.{leaf}" if module_name else leaf
+                fill(parameter, _values(module, leaf, source_name(part, name), seed))
 
 
-def _part(full: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    if not isinstance(like, DTensor):
-        return full
-    # without a source rank every rank slices its own copy and nothing is sent
-    return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)
+def source_name(part: Decoder, name: str) -> str:
+    """Return the parameter whose values ``name`` has: a tied head's are the embedding's."""
+    return EMBEDDING if name == HEAD and part.config.tie_word_embeddings else name
+
+
+def fill(parameter: Tensor, values: Callable[[tuple[int, ...]], Tensor]) -> None:
+    """Fill this rank's part of a parameter from ``values(global shape)``, in place."""
+    mine = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    mine.copy_(values(tuple(parameter.shape))[local_region(parameter)])
+
+
+def local_region(parameter: Tensor) -> tuple[slice, ...]:
+    """Return which part of the whole tensor this rank has."""
+    if not isinstance(parameter, DTensor):
+        return tuple(slice(0, size) for size in parameter.shape)
+    sizes, starts = compute_local_shape_and_global_offset(
+        parameter.shape, parameter.device_mesh, parameter.placements
+    )
+    return tuple(slice(a, a + n) for a, n in zip(starts, sizes, strict=True))
+
+
+def _values(
+    module: nn.Module, leaf: str, name: str, seed: int
+) -> Callable[[tuple[int, ...]], Tensor]:
+    def values(shape: tuple[int, ...]) -> Tensor:
+        if isinstance(module, RMSNorm):
+            return torch.full(shape, 0.0 if module.offset else 1.0)
+        if leaf == "bias":
+            return torch.zeros(shape)
+        return torch.empty(shape).normal_(0.0, _DEVIATION, generator=_generator(name, seed))
+
+    return values
 
 
 def _generator(name: str, seed: int) -> torch.Generator:

@@ -1,90 +1,151 @@
-"""The training loop of one rank: batch, loss, gradients, clip, step; metrics and a checkpoint."""
+"""The training loop of one rank: batch, loss, gradients, clip, step; everything else is a hook."""
 
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from . import checkpoint
+from .batch import DataSource
+from .build import build_engine, build_state
+from .clip import scale, settle, total_norm
 from .config import RunConfig
-from .data import TokenData, open_tokens
-from .init import materialize
-from .loss import all_sum, count_labels, token_loss
-from .mesh import DP, FSDP, Meshes
+from .data import open_data, prepare
+from .hooks import Hook, Run
+from .mesh import DP, Meshes
 from .metrics import MetricsWriter, StepMetrics
-from .model import Decoder
-from .optim import build_optimizer
-from .parallel import shard
+from .optim import set_rate
 from .schedule import rate
+from .state import TrainState
 from .tokenizer import load_tokenizer
 
 
-def train(config: RunConfig, meshes: Meshes) -> Path:
-    """Train from scratch and save; every rank of ``meshes`` calls this.
-
-    Returns:
-        The folder of the final checkpoint.
+def train(config: RunConfig, meshes: Meshes) -> Run:
+    """Train as configured; every rank of ``meshes`` calls this.
 
     Raises:
         MconvError: the data or the configuration cannot be used.
     """
-    rank, world_size = meshes.rank(*DP), meshes.degrees.dp
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    data = open_tokens(
-        config.data.tokens, config.train.seq_len, config.train.seed, config.model.vocab_size
-    )
-    with torch.device("meta"):
-        model = Decoder(config.model)
-    shard(model, meshes.sub(*FSDP))
-    materialize(model, config.train.seed)
-    optimizer = build_optimizer(model, config.optim)
-    with ExitStack() as stack:
-        log = stack.enter_context(MetricsWriter(config.save.folder)) if rank == 0 else None
-        for step in range(config.train.steps):
-            metrics = _step(config, model, optimizer, data, step, rank, world_size)
-            if log is not None:
-                log.write(metrics)
-    special = {"bos_token_id": tokenizer.bos_id(), "eos_token_id": tokenizer.eos_id()}
-    return checkpoint.save(
-        config.save.folder, config.train.steps, model, optimizer, config.data.tokenizer, special
-    )
+    train = config.train
+    folder = config.save.folder
+    if meshes.world.get_rank() == 0:
+        prepare(config.data, train.seq_len, folder)
+    dist.barrier()
+    data = open_data(config.data, train.seq_len, train.seed, config.model.vocab_size, folder)
+    run = new_run(config, meshes, data)
+    run_steps(run, [Log(), Save()])
+    return run
 
 
-def _step(
-    config: RunConfig,
-    model: Decoder,
-    optimizer: torch.optim.Optimizer,
-    data: TokenData,
-    step: int,
-    rank: int,
-    world_size: int,
-) -> StepMetrics:
+def new_run(config: RunConfig, meshes: Meshes, data: DataSource) -> Run:
+    """Return a run before its first step."""
+    state = build_state(config, meshes)
+    return Run(config, state, build_engine(config, state), data)
+
+
+def run_steps(run: Run, hooks: Sequence[Hook]) -> None:
+    """Do the steps that are left, with hooks around them."""
+    for hook in hooks:
+        hook.start(run)
+    try:
+        while run.state.step < run.config.train.steps and not run.stop:
+            metrics = one_step(run)
+            for hook in hooks:
+                hook.step(run, metrics)
+    except BaseException:
+        for hook in hooks:
+            with suppress(Exception):  # the first error is the one to tell
+                hook.fail(run)
+        raise
+    for hook in hooks:
+        hook.stop(run)
+
+
+def one_step(run: Run) -> StepMetrics:
+    """Do one step on all ranks."""
     started = time.perf_counter()
-    lr = config.optim.lr * rate(step, config.train.steps, config.schedule)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    batch = data.batch(step, config.train.batch, rank, world_size)
-    loss = token_loss(model(batch.inputs), batch.labels, count_labels(batch.labels))
-    torch.autograd.backward(loss)
-    norm = _whole(torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.clip))
-    optimizer.step()
-    optimizer.zero_grad()
-    total = all_sum(loss)
-    seconds = time.perf_counter() - started
+    state, train = run.state, run.config.train
+    meshes = state.meshes
+    factor = rate(state.step, train.steps, run.config.schedule)
+    set_rate(state.optimizers, factor)
+    batch = run.data.batch(state.step, train.batch, meshes.rank(*DP), meshes.size(*DP))
+    loss, tokens = run.engine.train(batch)
+    norm = _clip(state, train.clip)
+    finite = state.scale.value == 1 or bool(norm.isfinite())
+    for optimizer in state.optimizers:
+        if finite:
+            optimizer.step()
+    for _, parameter in state.all_parameters():
+        parameter.grad = None
+    if train.precision == "fp16":
+        state.scale.update(finite)
+    state.step += 1
+    state.tokens += tokens
+    value, seconds = loss.item(), time.perf_counter() - started
     return StepMetrics(
-        step=step + 1,
-        loss=total.item(),
-        lr=lr,
+        step=state.step,
+        loss=value,
+        lr=run.config.optim.lr * factor,
         grad_norm=norm.item(),
-        tokens_per_s=config.train.batch * config.train.seq_len / seconds,
+        tokens_per_s=train.batch * train.seq_len / seconds,
         seconds=seconds,
     )
 
 
-def _whole(value: Tensor) -> Tensor:
-    return value.full_tensor() if isinstance(value, DTensor) else value
+def _clip(state: TrainState, limit: float) -> Tensor:
+    """Clip the gradients (and take the loss scale out of them); return their norm before."""
+    tied = state.tied_copy()
+    named = [p for _, p in state.all_parameters()]
+    grads = settle(named)
+    counted = [p.grad for p in named if p is not tied and p.grad is not None]
+    like = torch.zeros(
+        (),
+        dtype=torch.promote_types(named[0].dtype, torch.float32),
+        device=grads[0].device if grads else state.meshes.device,
+    )
+    norm = total_norm(counted, state.meshes.group("pp"), like) / state.scale.value
+    factor = torch.ones_like(norm) / state.scale.value
+    if limit:
+        factor = factor * (limit / (norm + 1e-6)).clamp(max=1.0)
+    if limit or state.scale.value != 1:
+        scale(grads, factor)
+    return norm
+
+
+class Log(Hook):
+    """Writes a line of metrics per step, on rank 0."""
+
+    def start(self, run: Run) -> None:
+        self.file = MetricsWriter(run.config.save.folder) if run.first else None
+
+    def step(self, run: Run, metrics: StepMetrics) -> None:
+        if self.file is not None:
+            self.file.write(metrics)
+
+    def stop(self, run: Run) -> None:
+        if self.file is not None:
+            self.file.__exit__(None, None, None)
+
+
+class Save(Hook):
+    """Saves at the end."""
+
+    def stop(self, run: Run) -> None:
+        config = run.config
+        tokenizer = load_tokenizer(config.data.tokenizer)
+        special = {"bos_token_id": tokenizer.bos_id(), "eos_token_id": tokenizer.eos_id()}
+        folder: Path = config.save.folder
+        checkpoint.save(
+            folder,
+            run.state.step,
+            run.state.parts[0],
+            run.state.optimizers[0],
+            config.data.tokenizer,
+            special,
+        )

@@ -67,6 +67,11 @@ class Meshes:
         """Return where this rank is along dimensions."""
         return self.sub(*names).get_local_rank() if self.size(*names) > 1 else 0
 
+    def replicating(self) -> set[str]:
+        """Return the names of the mesh dimensions over which ZeRO 0 and 1 keep copies."""
+        meshes = self.sub("dp_replicate", *FSDP), self.sub("dp_replicate", *EXPERT_FSDP)
+        return {name for mesh in meshes for name in mesh.mesh_dim_names or ()}
+
     @property
     def device(self) -> torch.device:
         """Where this rank computes."""

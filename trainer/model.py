@@ -1,75 +1,34 @@
-"""The decoder: Llama with grouped-query attention, RMS norms and a SwiGLU feed-forward.
+"""The decoder: embedding, layers of attention and feed-forward behind RMS norms, head.
 
-Parameter names and the rotary order (halves, not pairs) are Hugging Face's, so that a checkpoint
-needs no renaming and no permutation there. The arithmetic is that of ``LlamaForCausalLM`` of
-``transformers``; the tests hold the logits to 1e-5. Layers sit in a ``ModuleDict``, so that a part
-of them keeps its names.
+Parameter names and the rotary order are Hugging Face's, so that a checkpoint needs no renaming and
+no permutation there. The arithmetic is that of ``transformers`` for every family of
+``model_config.py``; the tests hold the logits to 1e-5. Layers sit in a ``ModuleDict``, so that a
+part of them, a pipeline stage, keeps its names.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .attention import Attention, attention_mask, rotary
+from .context import Context
 from .model_config import ModelConfig
+from .moe import MoE
+from .norm import RMSNorm
 
-
-class RMSNorm(nn.Module):
-    """``x / rms(x) * weight``; the mean is taken in at least float32."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
-
-
-def rotary(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Tensor:
-    """Return [2, seq, head_dim]: cosines and sines of the angles, each half the same."""
-    exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
-    angles = positions.float()[:, None] / theta**exponents
-    angles = torch.cat((angles, angles), -1)
-    return torch.stack((angles.cos(), angles.sin())).to(dtype)
-
-
-def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turn ``x`` [..., seq, head_dim] by its positions; dim i pairs with i + head_dim / 2."""
-    first, second = x.chunk(2, -1)
-    return x * table[0] + torch.cat((-second, first), -1) * table[1]
-
-
-class Attention(nn.Module):
-    """Causal self-attention in which several query heads share a key-value head."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.head_dim = config.head_dim
-        queries = config.num_attention_heads * config.head_dim
-        shared = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, shared, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, shared, bias=False)
-        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
-
-    def forward(self, x: Tensor, table: Tensor) -> Tensor:
-        q, k, v = (self._heads(p(x)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        out = functional.scaled_dot_product_attention(
-            rotate(q, table), rotate(k, table), v, is_causal=True, enable_gqa=True
-        )
-        return self.o_proj(out.transpose(1, 2).flatten(2))
-
-    def _heads(self, x: Tensor) -> Tensor:
-        """[batch, seq, heads * head_dim] to [batch, heads, seq, head_dim]."""
-        return x.view(*x.shape[:-1], -1, self.head_dim).transpose(1, 2)
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_pytorch_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+}
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: ``down(silu(gate(x)) * up(x))``."""
+    """``down(act(gate(x)) * up(x))``."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -77,57 +36,113 @@ class FeedForward(nn.Module):
         self.gate_proj = nn.Linear(hidden, inner, bias=False)
         self.up_proj = nn.Linear(hidden, inner, bias=False)
         self.down_proj = nn.Linear(inner, hidden, bias=False)
+        self.act = _ACTIVATIONS[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Layer(nn.Module):
-    """Attention and feed-forward, each behind a norm and beside a residual."""
+    """Attention and feed-forward, each behind a norm and beside a residual.
+
+    ``body`` is ``run``, or what ``parallel.py`` wraps around it: recomputation, compilation. Both
+    lie inside the module's hooks and leave its names alone.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        size, eps, offset = config.hidden_size, config.rms_norm_eps, config.family.gemma
+        self.input_layernorm = RMSNorm(size, eps, offset)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = FeedForward(config)
+        self.post_attention_layernorm = RMSNorm(size, eps, offset)
+        self.feed = "block_sparse_moe" if config.model_type == "mixtral" else "mlp"
+        self.add_module(self.feed, MoE(config) if config.num_experts else FeedForward(config))
+        self.body = self.run
 
-    def forward(self, x: Tensor, table: Tensor) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), table)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x: Tensor, table: Tensor, mask: Tensor | None) -> Tensor:
+        return self.body(x, table, mask)
+
+    def run(self, x: Tensor, table: Tensor, mask: Tensor | None) -> Tensor:
+        """Compute the layer."""
+        x = x + self.self_attn(self.input_layernorm(x), table, mask)
+        return x + self.feed_forward(self.post_attention_layernorm(x))
+
+    @property
+    def feed_forward(self) -> nn.Module:
+        """The feed-forward, under whatever name the family has for it."""
+        return self.get_submodule(self.feed)
 
 
 class Backbone(nn.Module):
-    """Everything before the head: what Hugging Face calls ``model``."""
+    """Everything before the head: what Hugging Face calls ``model``, or a stage's part of it."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layers: range, first: bool, last: bool) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleDict(
-            {str(n): Layer(config) for n in range(config.num_hidden_layers)}
-        )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.head_dim, self.theta = config.head_dim, config.rope_theta
+        self.config, self.first, self.last = config, first, last
+        self.context: Context | None = None
+        if first:
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleDict({str(n): Layer(config) for n in layers})
+        if last:
+            self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.family.gemma)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.embed_tokens(ids)
-        positions = torch.arange(ids.shape[1], device=ids.device)
-        table = rotary(positions, self.head_dim, self.theta, x.dtype)
+    def forward(self, x: Tensor, positions: Tensor | None, documents: Tensor | None) -> Tensor:
+        if positions is None:
+            positions = torch.arange(x.shape[1], device=x.device)[None]
+        if self.first:
+            x = self.embed_tokens(x)
+            if self.config.family.gemma:
+                x = x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype, device=x.device)
+        table = rotary(positions, self.config, x.dtype)
+        mask = attention_mask(self.config, positions.shape[1], self.context, documents)
         for layer in self.layers.values():
-            x = layer(x, table)
-        return self.norm(x)
+            x = layer(x, table, mask)
+        return self.norm(x) if self.last else x
 
 
 class Decoder(nn.Module):
-    """A language model: token ids [batch, seq] to logits [batch, seq, vocab]."""
+    """A language model, or a pipeline stage of one.
 
-    def __init__(self, config: ModelConfig) -> None:
+    Token ids [rows, seq] (a later stage: hidden states [rows, seq, hidden]) become logits
+    [rows, seq, vocab] (an earlier stage: hidden states).
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layers: range | None = None,
+        first: bool = True,
+        last: bool = True,
+    ) -> None:
         super().__init__()
-        self.config = config
-        self.model = Backbone(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tie_word_embeddings:
+        self.config, self.first, self.last = config, first, last
+        self.model = Backbone(config, layers or range(config.num_hidden_layers), first, last)
+        if last:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie()
+
+    @property
+    def tied(self) -> bool:
+        """Whether head and embedding of this part are one parameter."""
+        return self.config.tie_word_embeddings and self.first and self.last
+
+    def tie(self) -> None:
+        """Make the head's weight the embedding's again, where it should be.
+
+        Whatever replaces parameters (leaving the meta device, tensor parallelism) parts them.
+        """
+        if self.tied:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.lm_head(self.model(ids))
+    def forward(
+        self, x: Tensor, positions: Tensor | None = None, documents: Tensor | None = None
+    ) -> Tensor:
+        """Run the part; ``positions`` and ``documents`` as in ``Batch``, None for one document."""
+        x = self.model(x, positions, documents)
+        return self.lm_head(x) if self.last else x
+
+    def set_context(self, context: Context) -> None:
+        """Tell all that needs to know that rows are cut over ranks."""
+        for module in self.modules():
+            if isinstance(module, Attention | MoE | Backbone):
+                module.context = context

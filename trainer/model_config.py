@@ -200,8 +200,10 @@ class ModelConfig:
         known = {f.name for f in fields(cls)} - {"rope_theta", "rope_scaling", "init_from"}
         values = {k: config[k] for k in known if config.get(k) is not None}
         values.setdefault("num_key_value_heads", values.get("num_attention_heads"))
+        if "num_experts" not in values and "num_local_experts" in config:
+            values["num_experts"] = config["num_local_experts"]
         if kind == "mixtral":
-            values["num_experts"] = config.get("num_local_experts", 8)
+            values["moe_intermediate_size"] = values.get("intermediate_size")
             values["norm_topk_prob"] = True
         if not FAMILIES[kind].moe:
             values = {k: v for k, v in values.items() if k not in _MOE_KEYS}

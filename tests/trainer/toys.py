@@ -1,0 +1,161 @@
+"""Tiny runs for tests: configurations, a data source, and the plain loop that all must equal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from mconv.trainer.batch import IGNORE, Batch
+from mconv.trainer.config import RunConfig
+from mconv.trainer.degrees import resolve
+from mconv.trainer.init import materialize
+from mconv.trainer.mesh import build_meshes, process_group
+from mconv.trainer.model import Decoder
+from mconv.trainer.model_config import ModelConfig
+from mconv.trainer.schedule import rate
+from mconv.trainer.sections import (
+    DataConfig,
+    OptimConfig,
+    ParallelConfig,
+    SaveConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 61,  # divides by nothing
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "dense": {"model_type": "qwen2"},
+    "tied": {"tie_word_embeddings": True},
+    "gqa": {"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 6},
+    "moe": {
+        "model_type": "qwen3_moe",
+        "num_key_value_heads": 2,
+        "num_experts": 4,
+        "moe_intermediate_size": 12,
+        "router_aux_loss_coef": 0.01,
+    },
+}
+
+
+def run_config(
+    model: str = "dense", train: dict[str, Any] | None = None, **parallel: Any
+) -> RunConfig:
+    """A run of 3 float64 steps with accumulation."""
+    settings: dict[str, Any] = {
+        "steps": 3,
+        "seq_len": 8,
+        "batch": 8,
+        "micro_batch": 2,
+        "dtype": "float64",
+        "clip": 0.05,
+        "threads": 1,
+        **(train or {}),
+    }
+    return RunConfig(
+        model=ModelConfig(**{**SIZES, **MODELS[model]}),
+        train=TrainConfig(**settings),
+        parallel=ParallelConfig(**parallel),
+        optim=OptimConfig(lr=1e-2),
+        schedule=ScheduleConfig(warmup=2),
+        data=DataConfig(tokens=Path("none"), tokenizer=Path("none")),
+        save=SaveConfig(folder=Path("none")),
+    )
+
+
+@dataclass(frozen=True)
+class ToyData:
+    """Random rows; some labels are masked, unevenly, and rows hold two documents if asked to."""
+
+    config: RunConfig
+    packed: bool = False
+
+    @property
+    def samples(self) -> int:
+        return 1 << 30
+
+    def batch(self, step: int, batch: int, rank: int, world_size: int) -> Batch:
+        model, seq = self.config.model, self.config.train.seq_len
+        draw = torch.Generator().manual_seed(step)
+        ids = torch.randint(0, model.vocab_size, (batch, seq + 1), generator=draw)
+        labels = ids[:, 1:].clone()
+        labels[torch.rand(labels.shape, generator=draw) < 0.2] = IGNORE
+        labels[: batch // 2, : seq // 2] = IGNORE
+        positions = torch.arange(seq).expand(batch, -1).clone()
+        documents = None
+        if self.packed:
+            cut = torch.randint(1, seq, (batch, 1), generator=draw)
+            documents = (positions >= cut).long()
+            positions = positions - documents * cut
+        part = batch // world_size
+        return Batch(ids[:, :-1], labels, positions, documents).rows(rank * part, part)
+
+
+def plain_loop(config: RunConfig, data: ToyData) -> list[tuple[float, float]]:
+    """Return loss and gradient norm of each step, without any of the trainer's loop.
+
+    The whole batch at once, torch's own mean, clipping and AdamW.
+    """
+    train, model = config.train, plain_model(config)
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
+        weight_decay=config.optim.weight_decay,
+        betas=(config.optim.beta1, config.optim.beta2),
+        eps=config.optim.eps,
+        foreach=False,
+    )
+    for layer in model.model.layers.values():
+        layer.feed_forward.balance = config.model.router_aux_loss_coef / (
+            config.model.num_hidden_layers * train.batch
+        )
+    history = []
+    for step in range(train.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = config.optim.lr * rate(step, train.steps, config.schedule)
+        batch = data.batch(step, train.batch, 0, 1)
+        logits = model(batch.inputs, batch.positions, batch.documents)
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), train.clip)
+        optimizer.step()
+        history.append((loss.item(), norm.item()))
+    return history
+
+
+def plain_model(config: RunConfig) -> Decoder:
+    """The whole initial model."""
+    with torch.device("meta"):
+        model = Decoder(config.model).to(getattr(torch, config.train.dtype))
+    materialize(model, config.train.seed)
+    return model
+
+
+def trained(
+    rank: int, world_size: int, store: Path, config: RunConfig, packed: bool = False
+) -> list[tuple[float, float]]:
+    """Train on a rank; return loss and gradient norm of each step."""
+    from mconv.trainer.loop import new_run, one_step
+
+    if world_size == 1 and config.parallel == ParallelConfig():
+        return plain_loop(config, ToyData(config, packed))
+    with process_group(rank, world_size, store):
+        meshes = build_meshes(resolve(config, world_size), "cpu")
+        run = new_run(config, meshes, ToyData(config, packed))
+        steps = [one_step(run) for _ in range(config.train.steps)]
+    return [(s.loss, s.grad_norm) for s in steps]
+
+
+def single(config: RunConfig) -> RunConfig:
+    """The same run without any parallelism."""
+    return replace(config, parallel=ParallelConfig())

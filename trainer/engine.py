@@ -1,0 +1,84 @@
+"""One step forward and backward on a rank: accumulation, loss parallelism, evaluation.
+
+``PlainEngine`` runs a whole model, ``pipeline.py`` a part of one; both give the exact loss of the
+step over all ranks.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor.parallel import loss_parallel
+
+from .batch import Batch
+from .config import RunConfig
+from .loss import all_sum, count_labels, token_loss
+from .mesh import TOKENS
+from .moe import MoE
+from .state import TrainState
+
+
+class PlainEngine:
+    """Runs a model that is whole on this rank, or cut by anything but a pipeline."""
+
+    def __init__(self, config: RunConfig, state: TrainState) -> None:
+        self.config, self.state = config, state
+        meshes = state.meshes
+        self.device = meshes.device
+        self.group: dist.ProcessGroup | None = meshes.group(*TOKENS)
+        self.micro_batch = meshes.degrees.micro_batch
+        self._layers = [m for part in state.parts for m in part.modules() if isinstance(m, MoE)]
+
+    def train(self, batch: Batch) -> tuple[Tensor, int]:
+        """Accumulate the gradients of a step's rows; see ``hooks.Engine``."""
+        batch, total = self._prepared(batch)
+        self._balance()
+        part = self.state.parts[0]
+        starts = range(0, len(batch.inputs), self.micro_batch)
+        loss = torch.zeros((), device=self.device, dtype=torch.float64)
+        for start in starts:
+            if isinstance(part, FSDPModule):
+                last = start == starts[-1]
+                part.set_requires_gradient_sync(last)
+                part.set_is_last_backward(last)
+            rows = batch.rows(start, self.micro_batch)
+            with self._context():
+                one = token_loss(
+                    part(rows.inputs, rows.positions, rows.documents), rows.labels, total
+                )
+                torch.autograd.backward(one * self.state.scale.value)
+            loss += one.detach()
+        return all_sum(loss, self.group), total
+
+    def evaluate(self, batch: Batch) -> tuple[Tensor, int]:
+        """Return the loss of rows without gradients; see ``hooks.Engine``."""
+        batch, total = self._prepared(batch)
+        loss = torch.zeros((), device=self.device, dtype=torch.float64)
+        with torch.no_grad(), self._context():
+            for start in range(0, len(batch.inputs), self.micro_batch):
+                rows = batch.rows(start, self.micro_batch)
+                logits = self.state.parts[0](rows.inputs, rows.positions, rows.documents)
+                loss += token_loss(logits, rows.labels, total)
+        return all_sum(loss, self.group), total
+
+    def _prepared(self, batch: Batch) -> tuple[Batch, int]:
+        """Return this rank's stretch of the rows on its device, and the step's label count."""
+        context = self.state.parts[0].model.context
+        if context is not None:
+            batch = context.part(batch)
+        total = max(1, count_labels(batch.labels, self.group))
+        return batch.to(self.device), total
+
+    def _balance(self) -> None:
+        """Tell the mixture layers how much a row's load balancing loss weighs in this step."""
+        model = self.config.model
+        share = model.num_hidden_layers * self.config.train.batch * self.state.meshes.degrees.tp
+        for layer in self._layers:
+            layer.balance = model.router_aux_loss_coef / share * self.state.scale.value
+
+    def _context(self) -> AbstractContextManager[None]:
+        return loss_parallel() if self.config.parallel.loss_parallel else nullcontext()
