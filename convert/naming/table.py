@@ -134,6 +134,8 @@ class Table:
     def _apply(
         self, tensors: Mapping[str, LazyTensor], sizes: Sizes, state: str, *, forward: bool
     ) -> dict[str, LazyTensor]:
+        if not state:
+            _refuse_lies(tensors, sizes)
         groups, problems = self._grouped(tensors, forward)
         out: dict[str, LazyTensor] = {}
         for group in groups:
@@ -267,6 +269,16 @@ class Table:
 def _places(pattern: str) -> tuple[str, ...]:
     """Placeholders of a pattern."""
     return tuple(_PLACE.findall(pattern))
+
+
+def _refuse_lies(tensors: Mapping[str, LazyTensor], sizes: Sizes) -> None:
+    """Refuse numbers of layers and experts over which loops would not end: there is a tensor for
+    each, or a dim of a stacked one.
+    """
+    most = max([len(tensors), *(n for t in tensors.values() for n in t.shape)])
+    for what, count in (("layers", sizes.layers), ("experts", sizes.experts)):
+        if count > most:
+            raise ConfigError(f"the config says {count} {what}: {len(tensors)} tensors are too few")
 
 
 @lru_cache(maxsize=1024)
