@@ -69,8 +69,11 @@ class TokenData:
         return self._rows(self.order(np.arange(first, first + part)))
 
     def in_order(self, first: int, count: int) -> Batch:
-        """Return samples as they lie in the file, starting over at the end: for evaluation."""
-        return self._rows(np.arange(first, first + count) % self.samples)
+        """Return samples as they lie in the file, for evaluation; none is learned past the end."""
+        places = np.arange(first, first + count)
+        batch = self._rows(np.minimum(places, self.samples - 1))
+        batch.labels[torch.from_numpy(places >= self.samples)] = IGNORE
+        return batch
 
     def order(self, indices: np.ndarray) -> np.ndarray:
         """Return which samples come at these places, counted over all epochs. int64 [n] each."""

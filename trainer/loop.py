@@ -17,9 +17,10 @@ from .build import build_engine, build_state
 from .clip import scale, settle, total_norm
 from .config import RunConfig
 from .data import open_data, prepare
+from .eval import EvalHook
 from .hooks import Hook, Run
 from .mesh import DP, Meshes
-from .metrics import MetricsWriter, StepMetrics
+from .metrics import LogHook, StepMetrics
 from .optim import set_rate
 from .schedule import rate
 from .state import TrainState
@@ -39,7 +40,8 @@ def train(config: RunConfig, meshes: Meshes) -> Run:
     dist.barrier()
     data = open_data(config.data, train.seq_len, train.seed, config.model.vocab_size, folder)
     run = new_run(config, meshes, data)
-    run_steps(run, [Log(), Save()])
+    log = LogHook()
+    run_steps(run, [log, EvalHook(log), Save()])
     return run
 
 
@@ -116,21 +118,6 @@ def _clip(state: TrainState, limit: float) -> Tensor:
     if limit or state.scale.value != 1:
         scale(grads, factor)
     return norm
-
-
-class Log(Hook):
-    """Writes a line of metrics per step, on rank 0."""
-
-    def start(self, run: Run) -> None:
-        self.file = MetricsWriter(run.config.save.folder) if run.first else None
-
-    def step(self, run: Run, metrics: StepMetrics) -> None:
-        if self.file is not None:
-            self.file.write(metrics)
-
-    def stop(self, run: Run) -> None:
-        if self.file is not None:
-            self.file.__exit__(None, None, None)
 
 
 class Save(Hook):

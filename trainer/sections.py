@@ -243,9 +243,22 @@ class SaveConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogConfig:
-    """``every``: steps between lines of metrics."""
+    """What is told of a run, besides ``metrics.jsonl`` and ``metrics.csv``.
+
+    Attributes:
+        every: steps between lines of metrics.
+        to: further takers: ``tensorboard``, ``wandb``.
+        project: of Weights & Biases.
+    """
 
     every: int = 1
+    to: tuple[str, ...] = ()
+    project: str = "mconv"
+
+    def __post_init__(self) -> None:
+        _at_least("log.every", self.every, 1)
+        for name in self.to:
+            _one_of("log.to", name, ("tensorboard", "wandb"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -254,7 +267,7 @@ class EvalConfig:
 
     Attributes:
         every: steps between evaluations; 0 for none.
-        batches: of ``train.batch`` rows, in each.
+        batches: of ``train.batch`` rows, in each; 0 for all there are.
         tokens: what is evaluated, as ``data.tokens``; without it only a sample is written.
         prompt: text to be continued greedily; empty for no sample.
         sample_tokens: at most so many.
@@ -268,7 +281,7 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         _at_least("eval.every", self.every, 0)
-        _at_least("eval.batches", self.batches, 1)
+        _at_least("eval.batches", self.batches, 0)
         if self.every and self.tokens is None and not self.prompt:
             raise ConfigError("eval.every needs eval.tokens (a loss) or eval.prompt (a sample)")
 
