@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -12,9 +13,11 @@ from typing import Any, TypeVar
 import click
 
 from ..shardio.stream import DEFAULT_MEMORY, Limits, Progress
+from ..shardio.team import torch_team
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+_WORKERS = "mconv.workers"
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _SIZE = re.compile(r"^(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?$", re.IGNORECASE)
 
@@ -74,11 +77,16 @@ def model_options(fn: F) -> F:
             "--verify-replicas/--no-verify-replicas",
             "verify",
             default=True,
+            callback=lambda ctx, param, value: value and _is_first(),  # once is enough
             help="Compare stored copies of a tensor before writing.",
         ),
     ):
         fn = option(fn)
     return fn
+
+
+def _keep_workers(ctx: click.Context, param: click.Parameter, value: int | None) -> None:
+    ctx.meta[_WORKERS] = value
 
 
 def output_options(fn: F) -> F:
@@ -92,6 +100,14 @@ def output_options(fn: F) -> F:
             help="Working memory over all threads.",
         ),
         click.option("--threads", type=click.IntRange(1), help="Worker threads (default: cores)."),
+        click.option(
+            "--workers",
+            type=click.IntRange(1),
+            expose_value=False,
+            is_eager=True,
+            callback=_keep_workers,
+            help="Processes to write with (default: one; those of torchrun under torchrun).",
+        ),
         click.option("--force", is_flag=True, help="Replace an existing output."),
         click.option("--resume", is_flag=True, help="Continue an interrupted run."),
         click.option("--dry-run", is_flag=True, help="Plan and check everything, write nothing."),
@@ -102,13 +118,41 @@ def output_options(fn: F) -> F:
 
 def render_options(fn: F) -> F:
     """Options about what is shown."""
-    fn = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(fn)
-    return click.option("-q", "--quiet", is_flag=True, help="Print errors only.")(fn)
+    fn = click.option(
+        "--json",
+        "as_json",
+        is_flag=True,
+        callback=lambda ctx, param, value: value and _is_first(),
+        help="Print the result as JSON.",
+    )(fn)
+    return click.option(
+        "-q",
+        "--quiet",
+        is_flag=True,
+        callback=lambda ctx, param, value: value or not _is_first(),
+        help="Print errors only.",
+    )(fn)
 
 
 def limits(max_memory: int, threads: int | None) -> Limits:
-    """The limits a user asked for."""
-    return Limits(max_memory=max_memory, threads=threads)
+    """The limits a user asked for, and the processes: forked here, or those of torchrun."""
+    workers = click.get_current_context().meta.get(_WORKERS)
+    if workers is None and _under_torchrun():
+        beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        share = max(1, Limits().workers() // beside)
+        return Limits(max_memory, threads or share, team=torch_team())
+    return Limits(max_memory, threads, processes=workers or 1)
+
+
+def _under_torchrun() -> bool:
+    """Whether torchrun started this process, with others."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _is_first() -> bool:
+    """Whether this process speaks for all: only one of torchrun's prints and verifies."""
+    alone = click.get_current_context().meta.get(_WORKERS) is not None or not _under_torchrun()
+    return alone or os.environ.get("RANK") == "0"
 
 
 @contextmanager

@@ -12,16 +12,21 @@ import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from time import monotonic
 
 from ..errors import MconvError, OutputError
+from .shares import Share
 from .source import close_files
-from .stream import Journal, Limits, OutFile, Progress, output_error, write_files
+from .stream import Journal, Limits, OutFile, Progress, output_error, write_files, write_share
+from .team import Team, together
 
 _PLAN = ".mconv-plan"
 _JOURNAL = ".mconv-journal"
+_FAILED = ".mconv-failed"  # a process of the team left it: the others stop
+_LOOK_EVERY = 1.0  # seconds between two looks for it
 
 
 def staging_folder(target: Path) -> Path:
@@ -73,7 +78,8 @@ def write_folder(
     own = next((p for p in sources if p.resolve().is_relative_to(place)), None)
     if own is not None:
         raise OutputError(f"{target}: holds the source {own}; choose another output folder")
-    with _staged(target, files, plan, force, resume, limits, progress) as folder:
+
+    def finish(folder: Path) -> None:
         old = target.parent / f".{target.name}.mconv-old"
         if old.exists():
             shutil.rmtree(old)
@@ -83,6 +89,9 @@ def write_folder(
         _sync_folder(target.parent)
         if old.exists():
             shutil.rmtree(old)
+
+    taken = () if force else (target,)
+    _staged(target, files, plan, taken, resume, limits or Limits(), progress, finish)
 
 
 def write_loose(
@@ -108,57 +117,125 @@ def write_loose(
         OutputError: as ``write_folder``.
     """
     places = [target.parent / f.name for f in files]
-    taken = [p for p in places if p.exists()]
-    if taken and not force:
-        raise OutputError(f"{taken[0]} exists; use --force to replace it")
-    with _staged(target, files, plan, True, resume, limits, progress) as folder:
+
+    def finish(folder: Path) -> None:
         for f, place in zip(files, places, strict=True):
             (folder / f.name).rename(place)
         folder.rmdir()
         _sync_folder(target.parent)
+
+    taken = () if force else places
+    _staged(target, files, plan, taken, resume, limits or Limits(), progress, finish)
     return places
 
 
-@contextmanager
 def _staged(
     target: Path,
     files: Sequence[OutFile],
     plan: str,
-    force: bool,
+    taken: Sequence[Path],
     resume: bool,
-    limits: Limits | None,
+    limits: Limits,
     progress: Progress | None,
-) -> Iterator[Path]:
-    """Write into the staging folder; the caller moves it into place inside the ``with``."""
-    if target.exists() and not force:
-        raise OutputError(f"{target} exists; use --force to replace it")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder = staging_folder(target)
-        _check_space(target, folder, files)
-        with _lock(target):
-            journal = _prepare(folder, plan, resume)
+    finish: Callable[[Path], None],
+) -> None:
+    """Write into the staging folder; ``finish`` moves it into place. ``taken`` must not exist yet.
+
+    Of a team's processes the first one prepares and finishes, each writes its share.
+    """
+    team, folder = limits.team, staging_folder(target)
+    first = team.rank == 0
+    with ExitStack() as stack:
+
+        def begin() -> set[tuple[int, int]]:
+            if not first:
+                return set()
+            for place in taken:
+                if place.exists():
+                    raise OutputError(f"{place} exists; use --force to replace it")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _check_space(target, folder, files)
+            stack.enter_context(_lock(target))
+            return _prepare(folder, plan, resume)
+
+        def end() -> None:
+            if first:
+                for path in folder.glob(f"{_JOURNAL}*"):
+                    path.unlink()
+                (folder / _PLAN).unlink()
+                _sync_folder(folder)
+                finish(folder)
+            close_files()  # what was read under a name that now means another file
+
+        try:
+            done = _agreed(team, target, plan, together(team, begin))
+            journal = Journal(folder / _JOURNAL, done)
             try:
-                write_files(folder, files, limits=limits, journal=journal, progress=progress)
+                together(team, lambda: _write(folder, files, limits, journal, progress))
             except OutputError:
                 raise  # no space, no permission: a later run may resume
             except MconvError:
-                shutil.rmtree(folder)  # bad input: there is nothing to resume
+                if first:
+                    shutil.rmtree(folder)  # bad input: there is nothing to resume
                 raise
-            (folder / _JOURNAL).unlink(missing_ok=True)
-            (folder / _PLAN).unlink()
-            _sync_folder(folder)
-            yield folder
-            close_files()  # what was read under a name that now means another file
-    except OSError as e:
-        raise output_error(target, e) from e
+            together(team, end)
+        except OSError as e:
+            raise output_error(target, e) from e
 
 
-def _prepare(folder: Path, plan: str, resume: bool) -> Journal:
-    """Make the staging folder, or take up the one of an interrupted run."""
+def _agreed(
+    team: Team, target: Path, plan: str, done: set[tuple[int, int]]
+) -> set[tuple[int, int]]:
+    """What the first process found finished, once all have planned the same."""
+    said = team.gather((plan, done))
+    if any(other != said[0][0] for other, _ in said):
+        raise OutputError(
+            f"{target}: the processes of this run planned different work: they do not see the same "
+            "source files, or run different versions"
+        )
+    found: set[tuple[int, int]] = said[0][1]
+    return found
+
+
+def _write(
+    folder: Path,
+    files: Sequence[OutFile],
+    limits: Limits,
+    journal: Journal,
+    progress: Progress | None,
+) -> None:
+    """Write this process's share of the files."""
+    team = limits.team
+    if team.size == 1:
+        write_files(folder, files, limits=limits, journal=journal, progress=progress)
+        return
+    mark = folder / _FAILED
+    look = 0.0
+
+    def halted() -> bool:
+        nonlocal look
+        now = monotonic()
+        if now < look:
+            return False
+        look = now + _LOOK_EVERY
+        return mark.exists()
+
+    share = Share(team.rank, team.size)
+    try:
+        write_share(
+            folder, files, limits, journal.of(team.rank), progress, share=share, halted=halted
+        )
+    except Exception:
+        mark.touch()
+        raise
+
+
+def _prepare(folder: Path, plan: str, resume: bool) -> set[tuple[int, int]]:
+    """Make the staging folder, or take up the one of an interrupted run; returns what is done."""
     known = (folder / _PLAN).read_text() if (folder / _PLAN).is_file() else None
     if resume and known == plan:
-        return Journal.load(folder / _JOURNAL)
+        (folder / _FAILED).unlink(missing_ok=True)
+        return Journal.load(folder / _JOURNAL).done
     if resume and known is not None:
         raise OutputError(
             f"{folder}: the interrupted run had other sources or options; "
@@ -168,7 +245,7 @@ def _prepare(folder: Path, plan: str, resume: bool) -> Journal:
         shutil.rmtree(folder)
     folder.mkdir()
     (folder / _PLAN).write_text(plan)
-    return Journal(folder / _JOURNAL)
+    return set()
 
 
 @contextmanager

@@ -4,7 +4,7 @@ budget.
 Every output offset is known before the first byte is read. Threads take slabs from one queue that
 is ordered by source file and offset, so inputs are read about sequentially; each holds at most one
 slab. Finished payloads are journalled after their bytes are on disk, which is what makes
-``--resume`` safe.
+``--resume`` safe. Several processes (``shares``) take payloads of their own.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import OutputError
+from .copying import copy_bytes, pwrite
 from .payload import Copy, Group, Joint, Member, Payload, Slab
-from .source import FileSource
+from .shares import Share
+from .team import ALONE, HaltedError, Team
 
 Progress = Callable[[int, int], None]
 
@@ -53,12 +55,16 @@ class Limits:
     """What a write may use.
 
     Attributes:
-        max_memory: bytes of working memory over all threads.
+        max_memory: bytes of working memory over all threads and processes of this call.
         threads: worker threads (None: one per core, at most 8).
+        processes: processes to fork for the writing, among which memory and threads are divided.
+        team: processes that were started for this job from outside; each has its own limits.
     """
 
     max_memory: int = DEFAULT_MEMORY
     threads: int | None = None
+    processes: int = 1
+    team: Team = ALONE
 
     def workers(self) -> int:
         """Number of threads; fewer when the budget is too small to give each one a slab."""
@@ -69,6 +75,11 @@ class Limits:
     def slab(self) -> int:
         """Bytes that producing one slab may need."""
         return max(64 << 10, min(_SLAB, self.max_memory // (2 * self.workers())))
+
+    def part(self) -> Limits:
+        """What each of the forked processes may use."""
+        threads = max(1, self.workers() // self.processes)
+        return Limits(self.max_memory // self.processes, threads)
 
 
 @dataclass(slots=True)
@@ -81,12 +92,17 @@ class Journal:
     path: Path
     done: set[tuple[int, int]] = field(default_factory=set)
 
+    def of(self, rank: int) -> Journal:
+        """The journal of one of several processes, which has its own file."""
+        return Journal(self.path.with_name(f"{self.path.name}.{rank}"), set(self.done))
+
     @classmethod
     def load(cls, path: Path) -> Journal:
-        """Read a journal; a torn last line is ignored."""
+        """Read a journal, and those of several processes; a torn last line is ignored."""
         journal = cls(path)
-        if path.exists():
-            for line in path.read_text(encoding="ascii", errors="ignore").splitlines():
+        for part in (path, *path.parent.glob(f"{path.name}.*")):
+            text = part.read_text(encoding="ascii", errors="ignore") if part.exists() else ""
+            for line in text.splitlines():
                 parts = line.split()
                 if (
                     len(parts) == 3
@@ -127,11 +143,41 @@ def write_files(
         OutputError: the disk is full or the folder cannot be written.
         FormatError: a source turned out short.
     """
-    _Run(folder, files, limits or Limits(), journal, progress).run()
+    limits = limits or Limits()
+    if limits.processes > 1:
+        from .workers import write_in_processes  # which runs this module's threads
+
+        write_in_processes(folder, files, limits, journal, progress)
+    else:
+        write_share(folder, files, limits, journal, progress)
+
+
+def write_share(
+    folder: Path,
+    files: Sequence[OutFile],
+    limits: Limits,
+    journal: Journal | None,
+    progress: Progress | None,
+    *,
+    share: Share = Share(),  # noqa: B008  # it is frozen
+    halted: Callable[[], bool] | None = None,
+) -> None:
+    """Write what one process makes of the files; every process lays out all of them.
+
+    Args:
+        folder, files, limits, journal, progress: as for ``write_files``.
+        share: which part.
+        halted: asked before each slab; once it is true the work stops.
+
+    Raises:
+        HaltedError: another process failed.
+        MconvError: as ``write_files``.
+    """
+    _Run(folder, files, limits, journal, progress, share, halted).run()
 
 
 class _Run:
-    """One call of ``write_files``."""
+    """One call of ``write_share``."""
 
     def __init__(
         self,
@@ -140,12 +186,15 @@ class _Run:
         limits: Limits,
         journal: Journal | None,
         progress: Progress | None,
+        share: Share,
+        halted: Callable[[], bool] | None,
     ) -> None:
         self.folder, self.files, self.limits = folder, files, limits
         self.journal, self.progress = journal, progress
+        self.share, self.halted = share, halted
         self.lock = threading.Lock()
         self.stop = threading.Event()
-        self.total = sum(p.nbytes for f in files for _, p in f.parts)
+        self.total = 0
         self.done_bytes = 0
         self.unsynced = 0
         self.left: dict[tuple[int, int], int] = {}
@@ -165,6 +214,8 @@ class _Run:
                 for job in (*done, *jobs):
                     job.result()
             self._sync()
+            if any(self.left.values()):
+                raise HaltedError("stopped because another process failed")
         except OSError as e:
             raise output_error(self.folder, e) from e
         finally:
@@ -181,32 +232,42 @@ class _Run:
             os.ftruncate(fd, f.size)
 
     def _queue(self) -> Iterator[_Piece]:
-        """Pieces of all unfinished payloads, in source order."""
+        """Pieces of all unfinished payloads of this share, in source order."""
         done = self.journal.done if self.journal else set()
         order = []
         for k, f in enumerate(self.files):
             for j, (offset, payload) in enumerate(f.parts):
-                if (k, j) in done:
-                    self.done_bytes += payload.nbytes
-                elif payload.nbytes:
+                if payload.nbytes:
                     order.append((payload.first_span(), k, j, offset, payload))
-                    self.left[k, j] = payload.nbytes
         order.sort(key=lambda item: item[:3])
+        units: dict[object, list[tuple[_Part, Payload]]] = {}  # members of a group go together
+        for _, k, j, offset, payload in order:
+            key = id(payload.group) if isinstance(payload, Member) else (k, j)
+            units.setdefault(key, []).append(((k, j, offset), payload))
+        sizes = [sum(p.nbytes for _, p in unit) for unit in units.values()]
+        own = self.share.of(list(units.values()), sizes)
+        self.total = sum(p.nbytes for unit in own for _, p in unit)
+        for unit in own:
+            unit[:] = [(part, p) for part, p in unit if part[:2] not in done]
+            self.left |= {part[:2]: p.nbytes for part, p in unit}
+        self.done_bytes = self.total - sum(self.left.values())
+        return self._pieces(own)
+
+    def _pieces(self, units: Sequence[Sequence[tuple[_Part, Payload]]]) -> Iterator[_Piece]:
         limit = self.limits.slab()
-        groups: dict[int, list[tuple[int, _Part]]] = {}
-        for _, k, j, offset, payload in order:
-            if isinstance(payload, Member):
-                found = groups.setdefault(id(payload.group), [])
-                found.append((payload.index, (k, j, offset)))
-        for _, k, j, offset, payload in order:
-            if not isinstance(payload, Member):
+        for unit in units:
+            members = [(p.index, part) for part, p in unit if isinstance(p, Member)]
+            if members:
+                first = unit[0][1]
+                assert isinstance(first, Member), "a unit is one payload or members of one group"
+                yield from _joints(first.group, members, limit)
+                continue
+            for part, payload in unit:
                 for slab in payload.slabs(limit):
-                    yield slab, [(k, j, offset)]
-            elif (members := groups.pop(id(payload.group), None)) is not None:
-                yield from _joints(payload.group, members, limit)
+                    yield slab, [part]
 
     def _work(self, queue: Iterator[_Piece]) -> None:
-        while not self.stop.is_set():
+        while not self.stop.is_set() and not (self.halted and self.halted()):
             with self.lock:
                 item = next(queue, None)
             if item is None:
@@ -228,7 +289,7 @@ class _Run:
 
     def _put(self, part: _Part, at: int, nbytes: int, made: np.ndarray | bytes) -> None:
         k, j, offset = part
-        _pwrite(self.fds[k], _bytes(made, nbytes), offset + at)
+        pwrite(self.fds[k], _bytes(made, nbytes), offset + at)
         self._count(k, j, nbytes)
 
     def _count(self, k: int, j: int, nbytes: int) -> None:
@@ -273,70 +334,6 @@ def _bytes(made: np.ndarray | bytes, nbytes: int) -> memoryview:
         data = memoryview(made)
     assert data.nbytes == nbytes, f"a slab has {data.nbytes} bytes instead of {nbytes}"
     return data
-
-
-def _pwrite(fd: int, data: memoryview, offset: int) -> None:
-    done = 0
-    while done < len(data):
-        done += os.pwrite(fd, data[done:], offset + done)
-
-
-_NO_KERNEL_COPY = {
-    errno.EXDEV,
-    errno.EINVAL,
-    errno.ENOSYS,
-    errno.EOPNOTSUPP,
-    errno.EPERM,
-    errno.EBADF,
-}
-_PAGE = 4096
-_COPY_BUFFER = 1 << 20  # stays in the cache of one core
-_local = threading.local()
-
-
-def copy_bytes(source: FileSource, position: int, fd: int, offset: int, nbytes: int) -> None:
-    """Copy bytes between files.
-
-    The kernel does it alone (or shares the blocks, where the file system can) when both ends lie
-    alike in their pages. Otherwise it would split every page in two, which costs about twice as
-    much as going through a small buffer here.
-
-    Args:
-        source: the file to copy from.
-        position: first byte there.
-        fd: output descriptor.
-        offset: first byte in the output.
-        nbytes: how many.
-
-    Raises:
-        FormatError: the source ends early.
-        OSError: the output cannot be written.
-    """
-    done = 0
-    if hasattr(os, "copy_file_range") and (position - offset) % _PAGE == 0:
-        handle = source.handle()
-        while done < nbytes:
-            try:
-                n = os.copy_file_range(handle.fd, fd, nbytes - done, position + done, offset + done)
-            except OSError as e:
-                if e.errno in _NO_KERNEL_COPY:
-                    break
-                raise
-            if n == 0:
-                break  # the source ends (the read below says where), or the file system will not
-            done += n
-    while done < nbytes:
-        buffer = _copy_buffer()[: nbytes - done]
-        source.readinto(position + done, buffer)
-        _pwrite(fd, buffer, offset + done)
-        done += len(buffer)
-
-
-def _copy_buffer() -> memoryview:
-    buffer: memoryview | None = getattr(_local, "buffer", None)
-    if buffer is None:
-        buffer = _local.buffer = memoryview(bytearray(_COPY_BUFFER))
-    return buffer
 
 
 def output_error(folder: Path, e: OSError) -> OutputError:
