@@ -2,24 +2,22 @@
 
 A name outside the table becomes an inert ``Record``. The constructors take exact builtin types
 only, charge copies to the guard, and build plain data: OrderedDict and defaultdict give dict,
-paths and devices give str. Tensors follow ``torch/_utils.py`` (_rebuild_tensor...), arrays
-numpy's ``_reconstruct`` and ``__setstate__``.
+paths and devices give str. Tensors follow ``torch/_utils.py`` (_rebuild_tensor...); arrays are in
+``pickle_numpy``.
 """
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Callable
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from ..errors import UnsupportedError
 from . import dtypes
 from .pickle_guard import Guard, brief
+from .pickle_numpy import latin1, np_dtype, np_frombuffer, np_reconstruct, np_scalar
 from .records import Global, Record, Storage, StoredTensor, make_tensor
 
 Args = tuple[Any, ...]
@@ -37,9 +35,7 @@ _ALIASES = (
     ("torch.distributed._tensor.", "torch.distributed.tensor."),
     ("torch.distributed.tensor._api.", "torch.distributed.tensor."),
 )
-_DTYPE_CODE = re.compile(r"[|<>=]?([iu][1248]|f[248]|c8|c16|b1|\?|[SV][1-9]\d{0,5})")
 _COLLECTIONS = (list, tuple, set, frozenset)
-_MAX_ARRAY_DIMS = 32
 _STORAGE_DTYPES = {
     "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16",
     "BFloat16Storage": "bfloat16", "LongStorage": "int64", "IntStorage": "int32",
@@ -150,7 +146,7 @@ def _slice(guard: Guard, args: Args) -> object:
 def _bytes(kind: type) -> Build:
     def build(guard: Guard, args: Args) -> object:
         if len(args) == 2 and type(args[0]) is str and args[1] in ("latin-1", "latin1"):
-            return kind(_latin1(guard, args))
+            return kind(latin1(guard, args))
         if not args:
             return kind()
         if len(args) != 1 or type(args[0]) not in (bytes, bytearray, list, tuple):
@@ -159,16 +155,6 @@ def _bytes(kind: type) -> Build:
         return kind(args[0])
 
     return build
-
-
-def _latin1(guard: Guard, args: Args) -> object:
-    """``_codecs.encode``, how protocol 2 writes bytes."""
-    if not args or type(args[0]) is not str:
-        guard.fail("an encoding is applied to something that is not text")
-    if args[1:] not in (("latin1",), ("latin-1",)):
-        return Record("_codecs.encode", args)
-    guard.spend(len(args[0]))
-    return args[0].encode("latin-1")
 
 
 def _getattr(guard: Guard, args: Args) -> object:
@@ -206,71 +192,6 @@ def _path(kind: type[PurePosixPath] | type[PureWindowsPath]) -> Build:
         return str(kind(*args))
 
     return build
-
-
-# -- numpy ----------------------------------------------------------------------------------------
-
-
-def _np_dtype(guard: Guard, args: Args) -> object:
-    """``numpy.dtype('f4', False, True)``; structured and date types stay Records."""
-    code = args[0] if args else None
-    if isinstance(code, np.dtype):
-        return code
-    if type(code) is str:
-        if _DTYPE_CODE.fullmatch(code):
-            return np.dtype(code)
-        if code in ("bfloat16", "float8_e4m3fn", "float8_e5m2"):
-            return np.dtype(getattr(ml_dtypes, code))
-    return Record("numpy.dtype", args)
-
-
-def _np_reconstruct(guard: Guard, args: Args) -> object:
-    return Record("numpy.ndarray", ())
-
-
-def _np_scalar(guard: Guard, args: Args) -> object:
-    if len(args) != 2 or not isinstance(args[0], np.dtype) or type(args[1]) not in (bytes, str):
-        return Record("numpy.scalar", args)
-    raw = args[1] if type(args[1]) is bytes else _latin1(guard, (args[1], "latin1"))
-    return _array(guard, raw, args[0], (), False)[()]
-
-
-def _np_frombuffer(guard: Guard, args: Args) -> object:
-    if len(args) != 4 or not isinstance(args[1], np.dtype):
-        return Record("numpy.ndarray", args)
-    return _array(guard, args[0], args[1], args[2], args[3] == "F")
-
-
-def _array(guard: Guard, raw: Any, dtype: np.dtype, shape: Any, fortran: bool) -> np.ndarray:
-    if type(shape) is not tuple or len(shape) > _MAX_ARRAY_DIMS:
-        guard.fail("an array has no usable shape")
-    if any(type(n) is not int or n < 0 for n in shape) or type(raw) not in (bytes, bytearray):
-        guard.fail("an array has no usable shape or no bytes")
-    if math.prod(shape) * dtype.itemsize != len(raw) or not dtype.itemsize:
-        guard.fail(f"an array of {dtype} needs other than its {len(raw)} bytes")
-    guard.spend(len(raw))
-    flat = np.frombuffer(bytearray(raw), dtype) if raw else np.empty(0, dtype)
-    return flat.reshape(shape, order="F" if fortran else "C")
-
-
-def set_numpy_state(guard: Guard, target: Any, state: Any) -> Any:
-    """Return what BUILD makes of an empty array or of a dtype.
-
-    Array states are (version, shape, dtype, fortran, bytes); a dtype state's second entry is its
-    byte order.
-    """
-    if isinstance(target, np.dtype):
-        if type(state) is not tuple or len(state) < 2 or state[1] not in ("<", ">", "|", "="):
-            guard.fail("a numpy dtype has no byte order")
-        return target.newbyteorder(state[1])
-    if target.name == "numpy.ndarray" and type(state) is tuple and len(state) == 5:
-        _, shape, dtype, fortran, raw = state
-        if isinstance(dtype, np.dtype):
-            if type(raw) is str:  # written by Python 2
-                raw = _latin1(guard, (raw, "latin1"))
-            return _array(guard, raw, dtype, shape, fortran is True or fortran == 1)
-    target.state = state
-    return target
 
 
 # -- torch ----------------------------------------------------------------------------------------
@@ -359,16 +280,16 @@ _TABLE: dict[str, Build] = {
     "collections.defaultdict": _defaultdict,
     "copyreg._reconstructor": _reconstructor,
     "copyreg.__newobj__": _newobj,
-    "_codecs.encode": _latin1,
+    "_codecs.encode": latin1,
     **{
         f"pathlib.{n}": _path(PurePosixPath)
         for n in ("Path", "PosixPath", "PurePath", "PurePosixPath")
     },
     **{f"pathlib.{n}": _path(PureWindowsPath) for n in ("WindowsPath", "PureWindowsPath")},
-    "numpy.dtype": _np_dtype,
-    "numpy.core.multiarray._reconstruct": _np_reconstruct,
-    "numpy.core.multiarray.scalar": _np_scalar,
-    "numpy.core.numeric._frombuffer": _np_frombuffer,
+    "numpy.dtype": np_dtype,
+    "numpy.core.multiarray._reconstruct": np_reconstruct,
+    "numpy.core.multiarray.scalar": np_scalar,
+    "numpy.core.numeric._frombuffer": np_frombuffer,
     "torch.Size": _collection(tuple),
     "torch.device": _device,
     "torch.serialization._get_layout": _first_text,

@@ -8,6 +8,7 @@ file has the registers; the opcodes are in ``pickle_ops`` and the hot loop in ``
 from __future__ import annotations
 
 from collections.abc import Callable
+from mmap import mmap
 from typing import Any
 
 from .pickle_globals import resolve
@@ -16,13 +17,20 @@ from .records import Global, Record
 
 _MAX_NAME = 1_000
 _MAX_LINE = 1 << 20
+_LARGE = 1 << 10  # byte strings from this size on may stay in the file
+
+Blob = Callable[[int, int], object]
 
 
 class Machine:
     """Registers of one unpickling: instruction pointer, stack, marks and memo."""
 
     def __init__(
-        self, data: bytes, guard: Guard, persistent_load: Callable[[object], object] | None
+        self,
+        data: bytes | mmap,
+        guard: Guard,
+        persistent_load: Callable[[object], object] | None,
+        blob: Blob | None = None,
     ) -> None:
         self.data = data
         self.pos = 0
@@ -31,6 +39,7 @@ class Machine:
         self.memo: list[Any] = []
         self.guard = guard
         self.persistent_load = persistent_load
+        self.blob = blob
         self.containers = 2_000_000 + len(data) // 16  # an empty set costs 216 bytes
         self.globals: dict[tuple[str, str], object] = {}
 
@@ -56,6 +65,17 @@ class Machine:
     def counted(self, width: int) -> bytes:
         """Return a byte string that is preceded by its little-endian length."""
         return self.take(int.from_bytes(self.take(width), "little"))
+
+    def byte_string(self, width: int) -> object:
+        """Return a byte string, or what stands for a large one that is not to be read."""
+        size = int.from_bytes(self.take(width), "little")
+        if self.blob is None or size < _LARGE:
+            return self.take(size)
+        start = self.pos
+        self.pos = end = start + size
+        if end > len(self.data):
+            self.guard.truncated(f"{size} bytes wanted at {start}, {len(self.data)} in all")
+        return self.blob(start, size)
 
     def pop_mark(self) -> list[Any]:
         """Remove and return everything above the topmost mark."""

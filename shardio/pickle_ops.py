@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from .pickle_globals import set_numpy_state
 from .pickle_guard import brief
 from .pickle_machine import Machine
+from .pickle_numpy import set_numpy_state
 from .pickle_text import MAX_INT_BYTES, decode_py2, text_float, text_int, text_string
 from .records import Record, StoredTensor
 
@@ -84,6 +84,11 @@ def _binary_int(width: int) -> Callable[[Machine], object]:
         return int.from_bytes(m.take(size), "little", signed=True)
 
     return read
+
+
+def _byte_array(m: Machine) -> object:
+    value = m.byte_string(8)
+    return bytearray(value) if type(value) is bytes else value
 
 
 def _utf8(width: int) -> Callable[[Machine], object]:
@@ -324,9 +329,9 @@ _TABLE: dict[bytes, Callable[[Machine], None]] = {
     b"\x8c": _push(_utf8(1)),
     b"\x8d": _push(_utf8(8)),
     b"C": _push(lambda m: m.counted(1)),
-    b"B": _push(lambda m: m.counted(4)),
-    b"\x8e": _push(lambda m: m.counted(8)),
-    b"\x96": _push(lambda m: bytearray(m.counted(8))),
+    b"B": _push(lambda m: m.byte_string(4)),
+    b"\x8e": _push(lambda m: m.byte_string(8)),
+    b"\x96": _push(_byte_array),
     b"p": op_put,
     b"q": op_binput,
     b"r": op_long_binput,

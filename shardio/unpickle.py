@@ -11,10 +11,11 @@ from __future__ import annotations
 import gc
 import struct
 from collections.abc import Callable
+from mmap import mmap
 
 from ..errors import FormatError
 from .pickle_guard import Guard, TruncatedPickle
-from .pickle_machine import Machine
+from .pickle_machine import Blob, Machine
 from .pickle_nesting import check_nesting
 from .pickle_ops import HANDLERS
 
@@ -24,7 +25,11 @@ _LONGEST_FIXED = 9  # bytes of the longest opcode with a fixed argument
 
 
 def loads(
-    data: bytes, *, where: str, persistent_load: Callable[[object], object] | None = None
+    data: bytes | mmap,
+    *,
+    where: str,
+    persistent_load: Callable[[object], object] | None = None,
+    blob: Blob | None = None,
 ) -> object:
     """Return the object that a pickle describes, as plain data, Records and numpy values.
 
@@ -32,18 +37,24 @@ def loads(
         data: the pickle; bytes after its end are ignored.
         where: file (and entry) for messages.
         persistent_load: turns a persistent id into a value; without it such ids are refused.
+        blob: gives what stands for a byte string of 1 KB or more (offset, size), which is not read
+            then; arrays want a ``Storage``.
 
     Raises:
         FormatError: truncated, malformed or hostile data.
     """
-    return load_prefix(data, where=where, persistent_load=persistent_load)[0]
+    return load_prefix(data, where=where, persistent_load=persistent_load, blob=blob)[0]
 
 
 def load_prefix(
-    data: bytes, *, where: str, persistent_load: Callable[[object], object] | None = None
+    data: bytes | mmap,
+    *,
+    where: str,
+    persistent_load: Callable[[object], object] | None = None,
+    blob: Blob | None = None,
 ) -> tuple[object, int]:
     """Like ``loads``, but also return how many bytes the pickle took."""
-    machine = Machine(data, Guard(where, len(data)), persistent_load)
+    machine = Machine(data, Guard(where, len(data)), persistent_load, blob)
     # Building millions of containers would trigger the cycle collector again and again.
     pause = len(data) > _GC_PAUSE_BYTES and gc.isenabled()
     if pause:

@@ -25,6 +25,12 @@ _MARKERS = (
     ("litgpt", "transformer.h.#.attn.attn.weight"),
     ("olmo_core", "blocks.#.attention.w_q.weight"),
 )
+_PADDLE_ROOTS = ("llama", "mistral", "mixtral", "qwen2")
+_PADDLE = tuple(
+    f"{root}.layers.#.self_attn.{part}.weight"
+    for root in _PADDLE_ROOTS
+    for part in ("q_proj", "qkv_proj")
+)
 _QUERY_NORM = "layers.#.attention.q_norm.weight"
 _GPT = "transformer.h.#.attn.c_attn.weight"
 
@@ -40,6 +46,8 @@ def world_of(weights: Mapping[str, LazyTensor], container: str = "") -> str:
         if marker in seen:
             titan = naming == "meta" and (container == "dcp" or _QUERY_NORM in seen)
             return "torchtitan" if titan else naming
+    if not seen.keys().isdisjoint(_PADDLE):
+        return "paddlenlp"
     fused = seen.get(_GPT)
     if fused is not None and fused.ndim == 2 and fused.shape[0] == 3 * fused.shape[1]:
         return "nanogpt"

@@ -121,6 +121,22 @@ def _from_conv_qkv(tensors: Tensors, sizes: Sizes) -> list[LazyTensor]:
     return [group_qkv(split_rows(transpose(tensors[0]), widths), *_heads(sizes))]
 
 
+def _on_columns(step: Step) -> Step:
+    """The same on matrices that lie [in, out]."""
+
+    def apply(tensors: Tensors, sizes: Sizes) -> list[LazyTensor]:
+        return step(_transpose(tensors, sizes), sizes)
+
+    return apply
+
+
+def _as_columns(step: Step) -> Step:
+    def apply(tensors: Tensors, sizes: Sizes) -> list[LazyTensor]:
+        return _transpose(step(tensors, sizes), sizes)
+
+    return apply
+
+
 def _split_blocks(tensors: Tensors, sizes: Sizes) -> list[LazyTensor]:
     heads, kv_heads, d = _heads(sizes)
     q, k, v = split_rows(tensors[0], [heads * d, kv_heads * d, kv_heads * d])
@@ -228,6 +244,9 @@ TRANSFORMS: Mapping[str, Transform] = {
     "conv_qkv": Transform(_to_conv_qkv, _from_conv_qkv),
     # [gate ; up] -> gate, up
     "split_gate_up": Transform(_halves, _join),
+    # the same on [in, out] (PaddleNLP)
+    "columns_qkv": Transform(_on_columns(_split_qkv), _as_columns(_join_qkv)),
+    "columns_gate_up": Transform(_on_columns(_halves), _as_columns(_join)),
     # padded vocabulary rows -> true ones; padding comes back as zeros
     "trim_vocab": Transform(_trim_vocab, _pad_vocab),
     # adjacent rotary pairs -> rotary halves

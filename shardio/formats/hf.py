@@ -91,7 +91,7 @@ def open_hf(root: Path, options: OpenOptions) -> Checkpoint:
         version=_version(config),
         weights=lazies,
         optimizer=_optimizer(folder, lazies, notes),
-        step=step if step is not None else _trainer_step(folder),
+        step=step if step is not None else trainer_step(folder),
         scalars=scalars,
         config=config,
         args=_params(folder) if files.stem.startswith("consolidated") else args,
@@ -236,22 +236,32 @@ def _check_index(
     )
 
 
+def read_set(folder: Path, stem: str, notes: list[str]) -> dict[str, LazyTensor]:
+    """Return the tensors of the safetensors files ``stem*`` beside the model; empty without any.
+
+    Raises:
+        FormatError: missing or damaged files, or an index that contradicts them.
+    """
+    files = next((s for s in file_sets(folder, stem) if s.kind == "safetensors"), None)
+    if files is None:
+        return {}
+    index, paths = _parts(folder, folder, files, notes)
+    leaves, _ = _select(folder, index, _load(paths), notes)
+    return {n: as_lazy(t) for n, t in leaves.items()}
+
+
 def _optimizer(
     folder: Path, weights: Mapping[str, LazyTensor], notes: list[str]
 ) -> dict[str, dict[str, LazyTensor]]:
     """Return the states in ``optimizer*.safetensors`` beside the model (``<state>.<weight>``)."""
-    files = next((s for s in file_sets(folder, "optimizer") if s.kind == "safetensors"), None)
-    if files is None:
-        if (folder / "optimizer.pt").is_file():
-            notes.append("optimizer.pt is not read: it numbers its states, and names are not there")
-        return {}
-    index, paths = _parts(folder, folder, files, notes)
-    leaves, _ = _select(folder, index, _load(paths), notes)
+    leaves = read_set(folder, "optimizer", notes)
+    if not leaves and (folder / "optimizer.pt").is_file():
+        notes.append("optimizer.pt is not read: it numbers its states, and names are not there")
     found: dict[str, dict[str, LazyTensor]] = {}
-    for key, leaf in leaves.items():
+    for key, tensor in leaves.items():
         state, _, name = key.partition(".")
         if name in weights:
-            found.setdefault(state, {})[name] = as_lazy(leaf)
+            found.setdefault(state, {})[name] = tensor
         else:
             notes.append(f"optimizer state {key!r} belongs to no weight and is left out")
     return found
@@ -262,7 +272,7 @@ def _version(config: Mapping[str, object] | None) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _trainer_step(folder: Path) -> int | None:
+def trainer_step(folder: Path) -> int | None:
     """The step that the Hugging Face Trainer noted beside the model."""
     try:
         state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))

@@ -34,6 +34,7 @@ def inputs_of(name: str, sizes: Sizes, width: int, bias: bool) -> list[np.ndarra
     """What a transform takes, filled with distinct numbers."""
     rows = {
         "split_qkv": (sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim,
+        "columns_qkv": (sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim,
         "split_qkv_blocks": (sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim,
         "conv_qkv": (sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim,
         "trim_vocab": sizes.padded_vocab_size,
@@ -43,6 +44,8 @@ def inputs_of(name: str, sizes: Sizes, width: int, bias: bool) -> list[np.ndarra
     }.get(name, 6)
     count = sizes.experts if name == "stack_experts" else 1
     shape = (rows,) if bias else (rows, width)
+    if name.startswith("columns_"):  # matrices only, [in, out]
+        shape = (width, rows)
     n = int(np.prod(shape))
     return [
         (np.arange(n, dtype=np.float32) + 1000 * k).reshape(shape).astype(ml_dtypes.bfloat16)
