@@ -30,38 +30,18 @@ from mconv.convert.reshard import reshard
 from mconv.convert.to_gguf import to_gguf
 from mconv.errors import MconvError
 from mconv.shardio import open_checkpoint
+from mconv.shardio.full_check import verify_checkpoint
+from mconv.shardio.module_tree import module_tree
+from mconv.shardio.report import inspect_checkpoint
 from mconv.shardio.source import close_files
+from mconv.shardio.tensor_detail import tensor_detail
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from fuzz_cases import ROOT, Case, find_cases, made_cases
 from mutations import files_of, mutate
 
-ROOT = Path(__file__).resolve().parent.parent
-PATTERNS = (
-    "torch/*/ckpt*", "deepspeed/*/ckpt", "deepspeed/*/universal", "megatron/*/torch",
-    "megatron/*/torch_dist", "megatron/*/zarr", "megatron/*/torch_dcp", "nanotron/*/ckpt*",
-    "colossalai/*/ckpt*", "orbax/*/ckpt*", "tf/*/ckpt*",
-)  # fmt: skip
 _MEMORY = 300 << 20  # bytes above what the process held before that a mutant may take
 _READ = 4 << 20  # bytes of tensors read per mutant
-
-
-@dataclass(frozen=True)
-class Case:
-    """One pristine checkpoint.
-
-    Attributes:
-        folder: where it is.
-        config: a config.json to give, or None.
-        vocab_size: option for padded vocabularies.
-        gguf: plan a GGUF too.
-        tokenizer: where its tokenizer is, if not in it.
-    """
-
-    folder: Path
-    config: Path | None = None
-    vocab_size: int | None = None
-    gguf: bool = False
-    tokenizer: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -78,22 +58,6 @@ class Hang(BaseException):
     """A mutant used more CPU time than it may."""
 
 
-def find_cases(fixtures: Path) -> list[Case]:
-    """Return all checkpoints of the fixtures, and the trained model of the tests."""
-    found = []
-    for pattern in PATTERNS:
-        for folder in sorted(fixtures.glob(pattern)):
-            config = folder.parent / "config.json"
-            vocab_size = 317 if "megatron" in pattern else None
-            found.append(Case(folder, config if config.exists() else None, vocab_size))
-    trained = ROOT / "tests" / "fixtures" / "trained"
-    if trained.exists():
-        hf = trained / "hf"
-        found.append(Case(hf, gguf=True))
-        found.append(Case(trained / "zero3", hf / "config.json", gguf=True, tokenizer=hf))
-    return found
-
-
 def examine(folder: Path, case: Case, target: Path) -> str:
     """Open, prove, plan and read a checkpoint.
 
@@ -104,12 +68,20 @@ def examine(folder: Path, case: Case, target: Path) -> str:
         AssertionError: an error that says nothing.
     """
     try:
-        ckpt = open_checkpoint(folder, config=case.config)
+        if case.adapter is None:
+            ckpt = open_checkpoint(folder, config=case.config)
+        else:
+            ckpt = open_checkpoint(folder / "base", adapter=folder / case.adapter)
+        report = inspect_checkpoint(ckpt)
+        module_tree(report.tensors)
+        if sum(t.nbytes for t in report.tensors) < _READ:
+            verify_checkpoint(ckpt)
         reshard(ckpt, target, vocab_size=case.vocab_size, with_optimizer=True, dry_run=True)
         left = _READ
         for tensor in ckpt.weights.values():
             if (left := left - tensor.nbytes) > 0:
                 tensor.read()
+        tensor_detail(ckpt, min(ckpt.weights, key=lambda n: ckpt.weights[n].size))
         if case.gguf:
             out = target.with_suffix(".gguf")
             to_gguf(ckpt, out, "q8_0", tokenizer=case.tokenizer, dry_run=True)
@@ -155,7 +127,9 @@ def try_one(
     try:
         with cpu_limit(seconds):
             outcome = examine(folder, case, work / "out" / "model")
-    except Hang:
+    except Hang as hang:
+        if debug:
+            traceback.print_exception(hang)
         problem = f"more than {seconds} s of CPU time"
     except Exception as e:
         if debug:
@@ -183,12 +157,15 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=10.0, help="CPU time of one mutant")
     parser.add_argument("--debug", action="store_true")
     options = parser.parse_args()
-    cases = find_cases(options.fixtures) + [Case(folder, gguf=True) for folder in options.extra]
-    cases = [c for c in cases if options.only in str(c.folder)]
     outcomes: Counter[str] = Counter()
     started, worst = time.monotonic(), 0.0
     problems: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as temporary:
+        made = Path(temporary) / "made"
+        made.mkdir()
+        cases = [*find_cases(options.fixtures), *made_cases(made)]
+        cases += [Case(folder, gguf=True) for folder in options.extra]
+        cases = [c for c in cases if options.only in str(c.folder)]
         for seed in range(options.seed, options.seed + options.mutants):
             begun = time.process_time()
             work = Path(temporary) / "work"
