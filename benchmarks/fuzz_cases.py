@@ -90,7 +90,7 @@ def made_cases(folder: Path) -> list[Case]:
         target = folder / kind / "model.gguf"
         target.parent.mkdir()
         to_gguf(trained, target, kind, tokenizer=hf)
-        found.append(Case(target.parent, gguf=True))
+        found.append(Case(target.parent, gguf=True, tokenizer=hf))
     for name, (arrays, settings) in _quantized().items():
         save_model(folder / name, arrays, {"quantization_config": settings})
         found.append(Case(folder / name))

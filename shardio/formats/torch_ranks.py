@@ -208,7 +208,10 @@ def _name_numbers(tree: StateTree) -> StateTree:
 
 def _params(group: Mapping[object, object]) -> Sequence[object]:
     params = group.get("params")
-    return params if isinstance(params, (list, tuple)) else ()
+    known = params if isinstance(params, (list, tuple)) else ()
+    if not all(isinstance(p, (int, str)) for p in known):
+        raise FormatError("an optimizer's parameter group lists what is no parameter: damaged file")
+    return known
 
 
 # -- all ranks ------------------------------------------------------------------------------------
