@@ -22,11 +22,13 @@ _PUBLIC = {
     "reshard": ".convert.reshard",
     "roundtrip": ".convert.roundtrip",
     "to_gguf": ".convert.to_gguf",
+    "from_gguf": ".convert.from_gguf",
     "diff": ".convert.diff",
 }
 
 if TYPE_CHECKING:
     from .convert.diff import diff
+    from .convert.from_gguf import from_gguf
     from .convert.reshard import reshard
     from .convert.roundtrip import roundtrip
     from .convert.to_gguf import to_gguf
@@ -40,6 +42,7 @@ __all__ = [
     "MconvError",
     "__version__",
     "diff",
+    "from_gguf",
     "open_checkpoint",
     "reshard",
     "roundtrip",

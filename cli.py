@@ -23,6 +23,7 @@ _COMMANDS = {
     "archs": "List the architectures that can become GGUF.",
     "reshard": "Merge or reshard a checkpoint into another layout.",
     "to-gguf": "Convert a checkpoint of any layout to GGUF.",
+    "from-gguf": "Bring a GGUF model back into a Hugging Face folder.",
     "quantize": "Quantize a GGUF model to one or several types.",
     "tokenize": "Encode text for training; can train a small tokenizer.",
     "roundtrip": "Prove that a chain of conversions loses nothing.",

@@ -86,7 +86,10 @@ def _parameters(shapes: Iterable[tuple[str, tuple[int, ...]]]) -> tuple[int, int
 def _entry(key: str, value: object) -> KeyValue:
     kind = ValueType(int(value.type))  # type: ignore[attr-defined]  # a gguf.GGUFValue
     content = value.value  # type: ignore[attr-defined]
+    if kind == ValueType.STRING:  # in YAML a version or a tag may look like a number
+        return KeyValue(key, kind, str(content))
     if kind != ValueType.ARRAY:
         return KeyValue(key, kind, content)
-    items = ValueType.STRING if isinstance(content[0], str) else ValueType.I32
-    return KeyValue(key, kind, list(content), items)
+    if all(type(item) is int for item in content):
+        return KeyValue(key, kind, list(content), ValueType.I32)
+    return KeyValue(key, kind, [str(item) for item in content], ValueType.STRING)

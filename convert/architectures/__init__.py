@@ -13,16 +13,20 @@ from types import MappingProxyType
 
 from ...errors import ConfigError, UnsupportedError, did_you_mean
 from ._config import complete_config, layer_count
+from ._lines import Line, table_lines
 from ._mapping import MappedTensor, Match, map_tensors, mapped_tensors, match_tensors
 from ._metadata import model_entries
 from ._record import Architecture, Config, TensorRule, dimensions
+from ._restore import Stored, restored_config
 from ._transforms import TRANSFORMS, Transform
 
 __all__ = [
     "TRANSFORMS",
     "Architecture",
+    "Line",
     "MappedTensor",
     "Match",
+    "Stored",
     "TensorRule",
     "Transform",
     "architectures",
@@ -34,6 +38,8 @@ __all__ = [
     "mapped_tensors",
     "match_tensors",
     "model_entries",
+    "restored_config",
+    "table_lines",
 ]
 
 

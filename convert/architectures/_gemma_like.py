@@ -11,6 +11,7 @@ from ..gguf.values import boolean
 from ..tokenizers import TokenizerRule, Vocabulary
 from ._blocks import LAYER
 from ._record import Config, TensorRule
+from ._restore import Stored
 
 TOKENIZER = TokenizerRule(kinds=("spm", "spm_json"))
 #: The head is always the embedding.
@@ -32,3 +33,15 @@ def adjust_vocabulary(vocabulary: Vocabulary, config: Config) -> Vocabulary:
     """Say that no space is put before the text."""
     prefix = boolean("tokenizer.ggml.add_space_prefix", False)
     return replace(vocabulary, extra=(*vocabulary.extra, prefix))
+
+
+def query_scale(stored: Stored, largest: int) -> int:
+    """Return ``query_pre_attn_scalar``, which llama.cpp knows by the number of layers.
+
+    Args:
+        stored: the model.
+        largest: layers of the model (27B) that scales by hidden size over heads.
+    """
+    if stored.whole("block_count") == largest:
+        return stored.whole("embedding_length") // stored.whole("attention.head_count")
+    return stored.head

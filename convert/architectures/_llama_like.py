@@ -16,6 +16,7 @@ from ..gguf.values import KeyValue, u32
 from ..tokenizers import Vocabulary
 from ._config import rope_parameters
 from ._record import Config, head_dim
+from ._restore import Stored, short
 
 
 def extra_keys(name: str) -> Callable[[Config], list[KeyValue]]:
@@ -72,3 +73,62 @@ def adjust_vocabulary(vocabulary: Vocabulary, config: Config) -> Vocabulary:
     if size == 49152:
         specials = replace(specials, add={**specials.add, "bos": False})
     return replace(vocabulary, specials=specials)
+
+
+def restore(stored: Stored) -> dict[str, Any]:
+    """Return the biases and the scaled rope of a stored model."""
+    own: dict[str, Any] = {
+        "attention_bias": stored.has("blk.0.attn_q.bias"),
+        "mlp_bias": stored.has("blk.0.ffn_gate.bias"),
+    }
+    if stored.has("rope_freqs.weight"):
+        own["rope_scaling"] = _restored_scaling(stored)
+    return own
+
+
+def _restored_scaling(stored: Stored) -> dict[str, Any]:
+    """Return settings that give the stored divisors: usual ones if they do, else fitted ones.
+
+    Raises:
+        ConfigError: the divisors are not those of rope type llama3.
+    """
+    divisors = stored.read("rope_freqs.weight")
+    context, theta = stored.whole("context_length"), stored.number("rope.freq_base", 10000.0)
+    base = {"rope_type": "llama3", "factor": short(float(divisors.max()))}
+    lengths = [8192, *(1 << k for k in range(5, 21)), context]
+    tries = [(1.0, 4.0, length) for length in lengths] + _fitted(divisors, theta, 2 * len(divisors))
+    for low, high, length in tries:
+        scaling = {
+            **base,
+            "low_freq_factor": low,
+            "high_freq_factor": high,
+            "original_max_position_embeddings": length,
+        }
+        config = {
+            "head_dim": 2 * len(divisors),
+            "hidden_size": 2 * len(divisors),
+            "num_attention_heads": 1,
+            "rope_parameters": {**scaling, "rope_theta": theta},
+        }
+        found = rope_freqs(config)
+        if found is not None and np.array_equal(found, divisors):
+            return scaling
+    raise ConfigError(
+        "rope_freqs.weight does not follow from rope scaling of type llama3: give the model's own "
+        "config.json with --config"
+    )
+
+
+def _fitted(divisors: np.ndarray, theta: float, dim: int) -> list[tuple[float, float, int]]:
+    """Return settings from the line between the divided and the undivided frequencies."""
+    factor = float(divisors.max())
+    between = np.flatnonzero((divisors > 1) & (divisors < factor))
+    if factor <= 1 or len(between) < 2:
+        return []
+    smooth = (1 / divisors[between].astype(np.float64) - 1 / factor) / (1 - 1 / factor)
+    turns = theta ** (-2.0 * between / dim) / (2 * np.pi)
+    slope, offset = np.polyfit(turns, smooth, 1)
+    if slope <= 0 or offset >= 0:
+        return []
+    high = 1 - 1 / offset
+    return [(1.0, short(round(high, 4)), max(1, round(slope * (high - 1))))]

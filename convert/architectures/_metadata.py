@@ -14,7 +14,7 @@ from ._config import find, layer_count, rope_parameters
 from ._record import Architecture, Config
 
 #: GGUF key to the names it has in configurations, tried in order.
-_LENGTHS: tuple[tuple[str, tuple[str, ...]], ...] = (
+LENGTHS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (
         "context_length",
         (
@@ -40,14 +40,14 @@ _LENGTHS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("attention.head_count", ("num_attention_heads", "n_head", "n_heads")),
     ("attention.head_count_kv", ("num_key_value_heads", "n_kv_heads")),
 )
-_EPSILONS = (
+EPSILONS = (
     ("attention.layer_norm_rms_epsilon", ("rms_norm_eps", "norm_eps")),
     (
         "attention.layer_norm_epsilon",
         ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon"),
     ),
 )
-_EXPERTS = (
+EXPERTS = (
     ("expert_count", ("num_local_experts", "num_experts", "n_routed_experts")),
     ("expert_used_count", ("num_experts_per_tok", "num_experts_per_token", "top_k_experts")),
     ("expert_group_count", ("n_group",)),
@@ -62,7 +62,7 @@ _GATING_KEYS = (
     "expert_selection_fn",
 )
 _GATING = {"softmax": 1, "sigmoid": 2, "sqrtsoftplus": 4}
-_YARN = (
+YARN = (
     ("extrapolation_factor", "yarn_ext_factor"),
     ("attention_factor", "yarn_attn_factor"),
     ("beta_fast", "yarn_beta_fast"),
@@ -84,15 +84,15 @@ def model_entries(architecture: Architecture, config: Config, file_type: int) ->
     """
     prefix = architecture.name
     entries = [u32(f"{prefix}.block_count", layer_count(config))]
-    entries += _numbers(prefix, config, _LENGTHS)
+    entries += _numbers(prefix, config, LENGTHS)
     if config.get("is_causal") is False:
         entries.append(boolean(f"{prefix}.attention.causal", False))
     entries += _rope_entries(prefix, config)
-    for key, names in _EPSILONS:
+    for key, names in EPSILONS:
         value = find(config, names)
         if value is not None:
             entries.append(f32(f"{prefix}.{key}", _number(names[0], value)))
-    entries += _numbers(prefix, config, _EXPERTS)
+    entries += _numbers(prefix, config, EXPERTS)
     entries += _gating(prefix, config)
     if config.get("head_dim") is not None:
         for key in ("attention.key_length", "attention.value_length"):
@@ -154,7 +154,7 @@ def _scaling_entries(prefix: str, rope: Config) -> list[KeyValue]:
     values = dict(rope)
     values.setdefault("attention_factor", rope.get("attn_factor"))
     return entries + [
-        f32(f"{prefix}.{key}", values[name]) for name, key in _YARN if values.get(name) is not None
+        f32(f"{prefix}.{key}", values[name]) for name, key in YARN if values.get(name) is not None
     ]
 
 

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ...errors import ConfigError
 from ..gguf.values import KeyValue
 from ..tokenizers import TokenizerRule, Vocabulary
+
+if TYPE_CHECKING:
+    from ._restore import Stored
 
 Config = Mapping[str, Any]
 #: A default value of ``config.json``, or how to derive it from the other entries.
@@ -104,6 +107,8 @@ class Architecture:
         extra_tensors: computed tensors, written first.
         tokenizer: which tokenizers it may have.
         adjust_vocabulary: last changes to the vocabulary, by configuration.
+        restore: entries of ``config.json`` that only this family has, from a stored model (``...``:
+            leave out what all families have); None: GGUF files are not brought back.
         notes: limits, for the list of architectures.
     """
 
@@ -128,6 +133,7 @@ class Architecture:
     first_keys: Callable[[Config], list[KeyValue]] = lambda config: []
     extra_tensors: tuple[ExtraTensor, ...] = ()
     adjust_vocabulary: Callable[[Vocabulary, Config], Vocabulary] = lambda vocabulary, _: vocabulary
+    restore: Callable[[Stored], Mapping[str, Any]] | None = None
     notes: str = ""
 
 

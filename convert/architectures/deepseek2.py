@@ -12,6 +12,7 @@ from ..tokenizers import TokenizerRule
 from ._blocks import FRAME, LAYER, NORMS, experts, fused_experts, gated_mlp, router
 from ._config import rope_parameters
 from ._record import Architecture, Config, Default, TensorRule
+from ._restore import Stored, restored_rope
 
 _SIGMOID = 2
 _ATTENTION = f"{LAYER}.self_attn"
@@ -45,6 +46,40 @@ def _extra_keys(config: Config) -> list[KeyValue]:
     if config.get("model_type") == "deepseek_v3" and config.get("scoring_func") is None:
         keys.append(u32("deepseek2.expert_gating_func", _SIGMOID))  # V3 knows no other
     return keys
+
+
+def _restore(stored: Stored) -> dict[str, object]:
+    rope, third = stored.whole("rope.dimension_count"), "expert_gating_func" in stored.keys
+    own: dict[str, object] = {
+        "model_type": "deepseek_v3" if third else "deepseek_v2",
+        "architectures": [f"DeepseekV{3 if third else 2}ForCausalLM"],
+        "num_key_value_heads": stored.whole("attention.head_count"),
+        "head_dim": ...,
+        "q_lora_rank": stored.keys.get("attention.q_lora_rank"),
+        "kv_lora_rank": stored.whole("attention.kv_lora_rank"),
+        "qk_rope_head_dim": rope,
+        "qk_nope_head_dim": stored.whole("attention.key_length_mla") - rope,
+        "v_head_dim": stored.whole("attention.value_length_mla"),
+        "first_k_dense_replace": stored.whole("leading_dense_block_count", 0),
+        "moe_intermediate_size": stored.whole("expert_feed_forward_length"),
+        "n_shared_experts": stored.whole("expert_shared_count", 0) or None,
+        "routed_scaling_factor": stored.number("expert_weights_scale", 1.0),
+        "norm_topk_prob": bool(stored.keys.get("expert_weights_norm", False)),
+        "attention_bias": stored.has("blk.0.attn_kv_a_mqa.bias"),
+    }
+    order = list(stored.keys)
+    if third and order.index("expert_gating_func") < order.index("rope.dimension_count"):
+        own["scoring_func"] = "sigmoid"  # said by the configuration, not by its class
+    if not third and stored.keys.get("expert_group_count", 1) != 1:
+        own["topk_method"] = "group_limited_greedy"
+    if "rope.scaling.yarn_log_multiplier" in stored.keys:
+        own["rope_scaling"] = _restored_scaling(stored)
+    return own
+
+
+def _restored_scaling(stored: Stored) -> dict[str, object]:
+    scale = round(10 * stored.number("rope.scaling.yarn_log_multiplier"), 6)
+    return {**restored_rope(stored)["rope_scaling"], "mscale": scale, "mscale_all_dim": scale}
 
 
 def _is_moe_layer(config: Config, layer: int) -> bool:
@@ -133,6 +168,7 @@ ARCHITECTURE = Architecture(
     drop_extra_layers=True,
     drop_tied_head=True,
     extra_keys=_extra_keys,
+    restore=_restore,
     tokenizer=TokenizerRule(kinds=("bpe",)),
     tensors=(
         *FRAME,

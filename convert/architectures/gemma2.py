@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from ..gguf.values import KeyValue, f32, u32
 from ._blocks import EMBEDDING, attention, gated_mlp
-from ._gemma_like import FINAL_NORM, IGNORED, NORMS, TOKENIZER, adjust_vocabulary
+from ._gemma_like import FINAL_NORM, IGNORED, NORMS, TOKENIZER, adjust_vocabulary, query_scale
 from ._record import Architecture, Config
+from ._restore import Stored
 
 
 def _extra_keys(config: Config) -> list[KeyValue]:
@@ -17,6 +18,16 @@ def _extra_keys(config: Config) -> list[KeyValue]:
         f32("gemma2.final_logit_softcapping", config["final_logit_softcapping"]),
         u32("gemma2.attention.sliding_window", config["sliding_window"]),
     ]
+
+
+def _restore(stored: Stored) -> dict[str, object]:
+    return {
+        "attn_logit_softcapping": stored.number("attn_logit_softcapping"),
+        "final_logit_softcapping": stored.number("final_logit_softcapping"),
+        "sliding_window": stored.whole("attention.sliding_window"),
+        "query_pre_attn_scalar": query_scale(stored, 46),
+        "rope_theta": stored.number("rope.freq_base", 10000.0),
+    }
 
 
 ARCHITECTURE = Architecture(
@@ -58,6 +69,7 @@ ARCHITECTURE = Architecture(
         "final_logit_softcapping",
         "attention.sliding_window",
     ),
+    restore=_restore,
     tokenizer=TOKENIZER,
     adjust_vocabulary=adjust_vocabulary,
     tensors=(EMBEDDING, FINAL_NORM, *NORMS, *attention(), *gated_mlp()),

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from ..gguf.values import KeyValue, f32, u32
 from ._blocks import EMBEDDING, attention, gated_mlp, head_norms
-from ._gemma_like import FINAL_NORM, IGNORED, NORMS, TOKENIZER, adjust_vocabulary
+from ._gemma_like import FINAL_NORM, IGNORED, NORMS, TOKENIZER, adjust_vocabulary, query_scale
 from ._record import Architecture, Config
+from ._restore import Stored
 
 
 def _extra_keys(config: Config) -> list[KeyValue]:
@@ -19,6 +20,20 @@ def _extra_keys(config: Config) -> list[KeyValue]:
     if config.get("sliding_window_pattern") != 1:
         keys.append(u32("gemma3.attention.sliding_window", config["sliding_window"]))
     return keys
+
+
+def _restore(stored: Stored) -> dict[str, object]:
+    own: dict[str, object] = {
+        "query_pre_attn_scalar": query_scale(stored, 62),
+        "final_logit_softcapping": None,
+    }
+    if "final_logit_softcapping" in stored.keys:
+        own["final_logit_softcapping"] = stored.number("final_logit_softcapping")
+    if "attention.sliding_window" in stored.keys:
+        own["sliding_window"] = stored.whole("attention.sliding_window")
+    else:
+        own["sliding_window_pattern"] = 1
+    return own
 
 
 ARCHITECTURE = Architecture(
@@ -45,6 +60,7 @@ ARCHITECTURE = Architecture(
     },
     ignored=IGNORED,
     extra_keys=_extra_keys,
+    restore=_restore,
     tokenizer=TOKENIZER,
     adjust_vocabulary=adjust_vocabulary,
     tensors=(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from ..gguf.values import KeyValue, u32
 from ..tokenizers import TokenizerRule
 from ._record import Architecture, Config, TensorRule
+from ._restore import Stored
 
 _LAYER = "transformer.h.{n}"
 
@@ -18,6 +19,17 @@ def _extra_keys(config: Config) -> list[KeyValue]:
         u32("gpt2.context_length", config.get("n_ctx") or config["n_positions"]),
         u32("gpt2.feed_forward_length", 4 * config["hidden_size"]),
     ]
+
+
+def _restore(stored: Stored) -> dict[str, object]:
+    hidden, positions = stored.whole("embedding_length"), stored.whole("context_length")
+    inner = stored.shapes.get("blk.0.ffn_up.weight", (4 * hidden,))[0]
+    return {
+        "intermediate_size": ...,
+        "n_inner": None if inner == 4 * hidden else inner,
+        "n_ctx": positions,
+        "n_positions": stored.shapes.get("position_embd.weight", (positions,))[0],
+    }
 
 
 def _linear(gguf: str, hf: str, *shape: str) -> TensorRule:
@@ -57,6 +69,7 @@ ARCHITECTURE = Architecture(
         "attention.layer_norm_epsilon",
         "general.file_type",
     ),
+    restore=_restore,
     tokenizer=TokenizerRule(kinds=("bpe",)),
     tensors=(
         TensorRule("token_embd", "transformer.wte", ("vocab", "hidden")),

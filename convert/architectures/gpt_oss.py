@@ -10,6 +10,7 @@ from ..gguf.values import KeyValue, u32
 from ..tokenizers import TokenizerRule
 from ._blocks import FRAME, LAYER, attention
 from ._record import Architecture, Config, TensorRule
+from ._restore import Stored, restored_rope
 
 _EXPERTS = f"{LAYER}.mlp.experts"
 
@@ -34,6 +35,16 @@ def _rope(config: Config) -> dict[str, object] | None:
         "original_max_position_embeddings": 4096,
         "rope_theta": 150000.0,
     }
+
+
+def _restore(stored: Stored) -> dict[str, object]:
+    own: dict[str, object] = {
+        "sliding_window": stored.whole("attention.sliding_window"),
+        "intermediate_size": stored.whole("expert_feed_forward_length"),
+        "attention_bias": True,
+    }
+    scaling = restored_rope(stored).get("rope_scaling")
+    return own | ({"rope_scaling": {**scaling, "truncate": False}} if scaling else {})
 
 
 def _exact(gguf: str | tuple[str, ...], hf: str, shape: tuple[str, ...], how: str) -> TensorRule:
@@ -63,6 +74,7 @@ ARCHITECTURE = Architecture(
     },
     quantized=("mxfp4",),
     extra_keys=_extra_keys,
+    restore=_restore,
     tokenizer=TokenizerRule(kinds=("bpe",)),
     tensors=(
         *FRAME,

@@ -10,6 +10,7 @@ from ..gguf.values import KeyValue, boolean, u32
 from ..tokenizers import TokenizerRule
 from ._config import rope_parameters
 from ._record import Architecture, Config, TensorRule, head_dim
+from ._restore import Stored
 
 _LAYER = "gpt_neox.layers.{n}"
 
@@ -20,6 +21,14 @@ def _extra_keys(config: Config) -> list[KeyValue]:
         u32("gptneox.rope.dimension_count", int(share * head_dim(config))),
         boolean("gptneox.use_parallel_residual", config["use_parallel_residual"]),
     ]
+
+
+def _restore(stored: Stored) -> dict[str, object]:
+    return {
+        "rotary_pct": stored.whole("rope.dimension_count") / stored.head,
+        "use_parallel_residual": bool(stored.keys.get("use_parallel_residual", True)),
+        "attention_bias": stored.has("blk.0.attn_qkv.bias"),
+    }
 
 
 def _rule(gguf: str, hf: str, *shape: str, transform: str = "", bias: str = "yes") -> TensorRule:
@@ -56,6 +65,7 @@ ARCHITECTURE = Architecture(
         "use_parallel_residual",
         "attention.layer_norm_epsilon",
     ),
+    restore=_restore,
     tokenizer=TokenizerRule(kinds=("bpe",)),
     tensors=(
         TensorRule("token_embd", "gpt_neox.embed_in", ("vocab", "hidden")),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ..tokenizers import TokenizerRule
 from ._blocks import FRAME, NORMS, attention, gated_mlp
-from ._llama_like import adjust_vocabulary, extra_keys, rope_freqs
+from ._llama_like import adjust_vocabulary, extra_keys, restore, rope_freqs
 from ._record import Architecture, ExtraTensor, head_dim, heads
 
 ARCHITECTURE = Architecture(
@@ -44,6 +44,7 @@ ARCHITECTURE = Architecture(
     },
     extra_keys=extra_keys("llama"),
     extra_tensors=(ExtraTensor("rope_freqs.weight", rope_freqs),),
+    restore=restore,
     tokenizer=TokenizerRule(kinds=("spm", "spm_json", "bpe"), space_prefix=True),
     adjust_vocabulary=adjust_vocabulary,
     tensors=(*FRAME, *NORMS, *attention(permuted=True), *gated_mlp(bias="maybe")),

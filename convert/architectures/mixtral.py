@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ..tokenizers import TokenizerRule
 from ._blocks import FRAME, LAYER, NORMS, attention, experts, fused_experts, router
-from ._llama_like import adjust_vocabulary, extra_keys, rope_freqs
+from ._llama_like import adjust_vocabulary, extra_keys, restore, rope_freqs
 from ._record import Architecture, ExtraTensor
 
 ARCHITECTURE = Architecture(
@@ -38,6 +38,7 @@ ARCHITECTURE = Architecture(
     moe_layer=lambda config, layer: True,
     extra_keys=extra_keys("llama"),
     extra_tensors=(ExtraTensor("rope_freqs.weight", rope_freqs),),
+    restore=restore,
     adjust_vocabulary=adjust_vocabulary,
     tokenizer=TokenizerRule(kinds=("spm", "spm_json", "bpe"), space_prefix=True),
     tensors=(

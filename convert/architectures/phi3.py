@@ -16,6 +16,7 @@ from ..tokenizers import TokenizerRule
 from ._blocks import FRAME, LAYER, NORMS
 from ._config import rope_parameters
 from ._record import Architecture, Config, ExtraTensor, TensorRule
+from ._restore import Stored, short
 
 
 def _rotated(config: Config) -> int:
@@ -69,6 +70,24 @@ def _factors(name: str) -> ExtraTensor:
     return ExtraTensor(f"rope_factors_{name}.weight", build)
 
 
+def _restore(stored: Stored) -> dict[str, object]:
+    heads, hidden = stored.whole("attention.head_count"), stored.whole("embedding_length")
+    rotated = stored.whole("rope.dimension_count")
+    own: dict[str, object] = {
+        "original_max_position_embeddings": stored.whole("rope.scaling.original_context_length"),
+        "partial_rotary_factor": rotated * heads / hidden,
+        "sliding_window": stored.whole("attention.sliding_window", 0) or None,
+        "pad_token_id": None,  # the class has one that small vocabularies do not
+    }
+    if stored.has("rope_factors_long.weight", "rope_factors_short.weight"):
+        factors = {
+            f"{name}_factor": [short(x) for x in stored.read(f"rope_factors_{name}.weight")]
+            for name in ("long", "short")
+        }
+        own["rope_scaling"] = {"rope_type": "longrope", **factors}
+    return own
+
+
 ARCHITECTURE = Architecture(
     name="phi3",
     classes=("Phi3ForCausalLM",),
@@ -105,6 +124,7 @@ ARCHITECTURE = Architecture(
         "general.file_type",
         "attention.sliding_window",
     ),
+    restore=_restore,
     tokenizer=TokenizerRule(kinds=("spm", "bpe"), plain_added=True),
     tensors=(
         *FRAME,

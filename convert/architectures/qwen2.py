@@ -27,6 +27,7 @@ ARCHITECTURE = Architecture(
             "rope_theta": 10000.0,
         },
     },
+    restore=lambda stored: {},
     tokenizer=TokenizerRule(kinds=("spm", "bpe")),
     tensors=(*FRAME, *NORMS, *attention(bias="yes", out_bias="no"), *gated_mlp()),
 )

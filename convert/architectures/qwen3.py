@@ -27,6 +27,7 @@ ARCHITECTURE = Architecture(
             "rope_theta": 10000.0,
         },
     },
+    restore=lambda stored: {"attention_bias": stored.has("blk.0.attn_q.bias")},
     tokenizer=TokenizerRule(kinds=("spm", "bpe")),
     tensors=(*FRAME, *NORMS, *attention(), *head_norms(), *gated_mlp()),
 )

@@ -19,6 +19,7 @@ from ._blocks import (
     router,
 )
 from ._record import Architecture, Config
+from ._restore import Stored
 
 
 def _extra_keys(config: Config) -> list[KeyValue]:
@@ -38,6 +39,18 @@ def is_moe_layer(config: Config, layer: int) -> bool:
             "llama.cpp runs only models with experts in every layer"
         )
     return True
+
+
+def _restore(stored: Stored) -> dict[str, object]:
+    return {
+        "num_local_experts": ...,
+        "num_experts": stored.whole("expert_count"),
+        "moe_intermediate_size": stored.whole("expert_feed_forward_length"),
+        "norm_topk_prob": True,  # llama.cpp knows no other
+        "attention_bias": stored.has("blk.0.attn_q.bias"),
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
 
 
 ARCHITECTURE = Architecture(
@@ -62,6 +75,7 @@ ARCHITECTURE = Architecture(
     },
     moe_layer=is_moe_layer,
     extra_keys=_extra_keys,
+    restore=_restore,
     tokenizer=TokenizerRule(kinds=("bpe",)),
     tensors=(
         *FRAME,

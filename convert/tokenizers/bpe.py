@@ -63,7 +63,7 @@ def _decoder(tokenizer: BpeTokenizer) -> Callable[[str], str]:
     """Return what the tokenizer's decoder makes of an added token's text."""
     decoder = tokenizer.document.get("decoder") or {"type": "ByteLevel"}
     if decoder.get("type") == "ByteLevel":
-        return _byte_level_text
+        return byte_level_text
     from tokenizers import Tokenizer
 
     try:
@@ -78,7 +78,8 @@ def _decoder(tokenizer: BpeTokenizer) -> Callable[[str], str]:
     return decode
 
 
-def _byte_level_text(text: str) -> str:
+def byte_level_text(text: str) -> str:
+    """Return what byte-level letters stand for; a text with other letters as it is."""
     letters = byte_letters()
     if all(c in letters for c in text):
         return bytes(letters[c] for c in text).decode("utf-8", "replace")
