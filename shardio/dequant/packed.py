@@ -48,11 +48,16 @@ class Gptq(Decoded):
         self._bits, self._group, self._shift = bits, group, shift
 
     def decode(self, top: int, bottom: int, left: int, right: int) -> np.ndarray:
-        """Decode a region."""
+        """Decode a region. Raises FormatError for a ``g_idx`` that names no group."""
         qweight, qzeros, scales, *order = self._parts
         b = self._bits
         value = unstream(region(qweight, top * b // 32, bottom * b // 32, left, right), b)
         groups = rows_of(order[0], top, bottom) if order else np.arange(top, bottom) // self._group
+        if order and not 0 <= groups.min() <= groups.max() < scales.shape[0]:
+            raise FormatError(
+                f"{next(order[0].spans())[0]}: g_idx names group {groups.max()} or {groups.min()} "
+                f"of {scales.shape[0]} groups: the file is damaged"
+            )
         packed = region(qzeros, 0, qzeros.shape[0], left * b // 32, right * b // 32)
         zeros = unstream(packed.T.copy(), b).T.astype(F32) + self._shift
         scale = region(scales, 0, scales.shape[0], left, right).astype(F32)
