@@ -1,8 +1,9 @@
 """Run llama.cpp's own converter on a model folder, as an oracle for tests and benchmarks.
 
-Two things stand in the way of tiny models and are gone around: it knows a pre-tokenizer by a hash
-over the whole vocabulary, which a cut-down vocabulary does not have, and it takes some settings
-only under names that newer versions of transformers no longer keep.
+Three things stand in the way of tiny models and are gone around: it knows a pre-tokenizer by a hash
+over the whole vocabulary, which a cut-down vocabulary does not have, it takes some settings only
+under names that newer versions of transformers no longer keep, and for Baichuan it calls itself
+without end.
 """
 
 from __future__ import annotations
@@ -26,6 +27,12 @@ def load(dir_model, is_mistral_format):
     raw = json.load(open(dir_model / "config.json"))
     return {**found, **{k: raw[k] for k in keep.split(",") if k in raw}}
 base.ModelBase.load_hparams = staticmethod(load)
+import conversion.baichuan as baichuan
+convert_baichuan = baichuan.BaichuanModel.modify_tensors
+def modify_baichuan(self, data, name, bid):
+    modify = convert_baichuan if "W_pack" in name else base.TextModel.modify_tensors
+    return modify(self, data, name, bid)
+baichuan.BaichuanModel.modify_tensors = modify_baichuan
 __file__ = root + "/convert_hf_to_gguf.py"
 sys.argv = [__file__, *sys.argv[4:]]
 exec(compile(open(__file__).read(), __file__, "exec"))

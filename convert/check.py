@@ -195,7 +195,7 @@ class _Findings:
         kind = self.attempt(lambda: find_architecture(ready.config))
         if kind is None:
             return None
-        config = self.attempt(lambda: complete_config(ready.config or {}, kind))
+        config = self.attempt(lambda: complete_config(ready.config or {}, kind, ready.weights))
         if config is not None:
             match = self.attempt(lambda: match_tensors(kind, config, ready.weights, ready.tied))
             if match is not None:

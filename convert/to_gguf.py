@@ -169,7 +169,7 @@ def _plan(
     """Decide everything about the files; ``ckpt`` has Hugging Face names."""
     architecture = find_architecture(ckpt.config)
     assert ckpt.config is not None
-    config = complete_config(ckpt.config, architecture)
+    config = complete_config(ckpt.config, architecture, ckpt.weights)
     mapped = _tensors(architecture, config, ckpt)
     types = parse_types(type, mapped)
     vocabulary = load_vocabulary(
@@ -179,7 +179,9 @@ def _plan(
         vocab_size=config["vocab_size"],
         pre=pre,
     )
-    words = vocabulary_entries(architecture.adjust_vocabulary(vocabulary, config))
+    words = architecture.adjust_entries(
+        vocabulary_entries(architecture.adjust_vocabulary(vocabulary, config))
+    )
     model = _Model(ckpt, architecture, config, mapped, words, name)
     matrix = chosen_matrix(options)
     facts = model_facts(model.entries(0))
@@ -232,7 +234,7 @@ class _Model:
         """The converter's entries."""
         shapes = [(m.name, m.tensor.shape) for m in self.mapped]
         general = general_entries(self.architecture.name, self.folder, shapes, self.name)
-        return [
+        entries = [
             general[0],
             *self.architecture.first_keys(self.config),
             *general[1:],
@@ -240,6 +242,7 @@ class _Model:
             u32("general.quantization_version", _QUANTIZATION_VERSION),
             *self.vocabulary,
         ]
+        return list({entry.key: entry for entry in entries}.values())
 
     def report(
         self, output: Output, target: Path, metadata: list[KeyValue], files: list[OutFile]

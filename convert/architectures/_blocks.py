@@ -38,13 +38,13 @@ def attention(
     )
 
 
-def head_norms(*shapes: str, transform: str = "") -> tuple[TensorRule, ...]:
+def head_norms(*shapes: str, transform: str = "", optional: bool = False) -> tuple[TensorRule, ...]:
     """Return the norms of query and key; ``shapes``: their sizes, ``head`` when not given."""
     q, k = shapes or ("head", "head")
     at = f"{LAYER}.self_attn"
     return (
-        TensorRule("blk.{n}.attn_q_norm", f"{at}.q_norm", (q,), transform),
-        TensorRule("blk.{n}.attn_k_norm", f"{at}.k_norm", (k,), transform),
+        TensorRule("blk.{n}.attn_q_norm", f"{at}.q_norm", (q,), transform, optional=optional),
+        TensorRule("blk.{n}.attn_k_norm", f"{at}.k_norm", (k,), transform, optional=optional),
     )
 
 
@@ -81,10 +81,22 @@ def gated_mlp(
     )
 
 
+def ungated_mlp(*, bias: str = "no") -> tuple[TensorRule, ...]:
+    """Return up and down projections."""
+    return tuple(rule for rule in gated_mlp(bias=bias) if ".ffn_gate" not in rule.outputs[0])
+
+
 def router(hf: str) -> TensorRule:
     """Return the matrix that scores experts; it stays F32."""
     return TensorRule(
         "blk.{n}.ffn_gate_inp", hf, ("experts", "hidden"), keep_f32=True, layers="moe"
+    )
+
+
+def correction_bias(hf: str = f"{LAYER}.mlp.gate.e_score_correction_bias") -> TensorRule:
+    """Return what is added to the scores of experts when they are chosen."""
+    return TensorRule(
+        "blk.{n}.exp_probs_b.bias", hf, ("experts",), optional=True, exact=True, layers="moe"
     )
 
 
@@ -105,6 +117,20 @@ def experts(
             layers="moe",
         )
         for part, name in names
+    )
+
+
+def shared_expert(at: str = f"{LAYER}.mlp") -> tuple[TensorRule, ...]:
+    """Return the expert that always runs and the row that weighs it (sizes: ``one``)."""
+    return (
+        *gated_mlp(f"{at}.shared_expert", "_shexp", "shared_ff", layers="moe"),
+        TensorRule(
+            "blk.{n}.ffn_gate_inp_shexp",
+            f"{at}.shared_expert_gate",
+            ("one", "hidden"),
+            keep_f32=True,
+            layers="moe",
+        ),
     )
 
 

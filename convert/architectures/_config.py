@@ -7,7 +7,7 @@ end as one ``rope_parameters`` here. Composite models keep the text model's entr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ...errors import ConfigError, UnsupportedError
@@ -31,12 +31,22 @@ _LOCAL_THETA = (
 )
 _PARTIAL = ("partial_rotary_factor", "rope_pct", "rope_percent")
 _MOST_LAYERS = 100_000  # before a table of their tensors is made
+#: Where a completed configuration says how many layers of multi-token prediction there are.
+_PREDICTION = "prediction_layers"
 #: Rope types that need the context length the model was first trained with.
 _STRETCHED = frozenset({"llama3", "yarn", "longrope", "dynamic"})
 
 
-def complete_config(config: Config, architecture: Architecture) -> dict[str, Any]:
+def complete_config(
+    config: Config, architecture: Architecture, names: Collection[str] = ()
+) -> dict[str, Any]:
     """Return the configuration with defaults and unified rope settings.
+
+    Args:
+        config: config.json.
+        architecture: the model family.
+        names: the checkpoint's tensors, which tell whether layers of multi-token prediction are
+            there: some configurations speak of those that were left out.
 
     Raises:
         ConfigError: an entry that everything depends on is missing or not a positive number.
@@ -65,9 +75,11 @@ def complete_config(config: Config, architecture: Architecture) -> dict[str, Any
         if full.get(other) is None and full.get(key) is not None:
             full[other] = full[key]
     for key in ("hidden_size", "num_attention_heads", "vocab_size"):
-        _positive(full, (key,))
+        if architecture.attention or key != "num_attention_heads":
+            _positive(full, (key,))
     _positive(full, LAYERS, _MOST_LAYERS)
     full["rope_parameters"] = _rope(full)
+    full[_PREDICTION] = architecture.prediction_layers(full, names)
     return full
 
 
@@ -79,6 +91,11 @@ def find(config: Config, keys: tuple[str, ...]) -> Any:
 def layer_count(config: Config) -> int:
     """Return the number of layers."""
     return int(find(config, LAYERS))
+
+
+def prediction_layers(config: Config) -> int:
+    """Return the number of layers of multi-token prediction that the checkpoint has."""
+    return int(config.get(_PREDICTION, 0))
 
 
 def rope_parameters(config: Config) -> Mapping[str, Any]:
@@ -112,7 +129,7 @@ def _rope(config: Config) -> dict[str, Any]:
         rope.setdefault("partial_rotary_factor", partial)
     rope.setdefault("rope_type", rope.get("type", "default"))
     context = config.get("original_max_position_embeddings", config.get("max_position_embeddings"))
-    if context is not None and rope["rope_type"] in _STRETCHED:
+    if context is not None and str(rope["rope_type"]) in _STRETCHED:
         rope.setdefault("original_max_position_embeddings", context)
     local = find(config, _LOCAL_THETA)
     if local is None:

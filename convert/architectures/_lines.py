@@ -1,9 +1,9 @@
 """A tensor table spelled out for one model: every line with full names, layer by layer.
 
-``{n}`` becomes the layer, ``{e}``/``{h}``/``{k}`` all experts, query heads or key-value heads,
-``{q}`` the two parts of quantized blocks. The order of lines is that of llama.cpp's converter,
-which goes through the Hugging Face names in alphabetical order and writes a stack when its last
-part has come.
+``{n}`` becomes the layer (``{m}``: counted from the last), ``{e}``/``{h}``/``{k}`` all experts,
+query heads or key-value heads, ``{q}`` the two parts of quantized blocks. The order of lines is
+that of llama.cpp's converter, which goes through the Hugging Face names in alphabetical order and
+writes a stack when its last part has come.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from ...errors import ConfigError
-from ._config import layer_count
+from ._config import layer_count, prediction_layers
 from ._record import Architecture, Config, TensorRule, dimensions
 
 _COUNTS = {"{e}": "experts", "{h}": "heads", "{k}": "kv_heads"}
@@ -72,29 +72,31 @@ def table_lines(architecture: Architecture, config: Config, *, tied: bool) -> li
         if not rule.applies(config):
             continue
         for n in _layers(architecture, config, rule):
-            lines += _spelled(rule, n, sizes, index, tied=tied)
+            lines += _spelled(rule, n, n - layer_count(config), sizes, index, tied=tied)
     return sorted(lines, key=lambda line: line.order)
 
 
 def _layers(architecture: Architecture, config: Config, rule: TensorRule) -> Iterator[int]:
-    if "{n}" not in rule.hf:
+    if "{n}" not in rule.outputs[0]:
         yield 0
         return
-    for n in range(layer_count(config)):
+    wanted, count = set(rule.layers.split()), layer_count(config)
+    for n in range(count + prediction_layers(config)):
         kind = "moe" if architecture.moe_layer(config, n) else "dense"
-        if rule.layers in ("", kind):
+        place = "main" if n < count else "mtp"
+        if wanted <= {kind, place, *architecture.layer_tags(config, n)}:
             yield n
 
 
 def _spelled(
-    rule: TensorRule, layer: int, sizes: Mapping[str, int], index: int, *, tied: bool
+    rule: TensorRule, layer: int, beyond: int, sizes: Mapping[str, int], index: int, *, tied: bool
 ) -> Iterator[Line]:
     shape = tuple(_size(sizes, name, rule) for name in rule.shape) or None
     # the one optional tensor of most models is the head of those with a tied embedding
     required = not rule.optional or (rule.gguf == "output" and not tied)
     suffixes = [""] if rule.exact else [".weight"] + [".bias"] * (rule.bias != "no")
     rows = slice(-1, None) if rule.transform == "transpose" else slice(1)
-    hf = rule.hf.replace("{n}", str(layer))
+    hf = rule.hf.replace("{n}", str(layer)).replace("{m}", str(beyond))
     names, place = _expand(hf, sizes, rule)
     for suffix in suffixes:
         is_bias = suffix == ".bias"

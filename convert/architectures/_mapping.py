@@ -21,7 +21,10 @@ from ._transforms import TRANSFORMS
 #: Buffers that some checkpoints carry and nobody needs.
 _BUFFERS = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")
 #: The parts of composite models that are no text model.
-_OTHER_PARTS = re.compile(r"(^|\.)(vision_tower|vision_model|multi_modal_projector)\.")
+_OTHER_PARTS = re.compile(
+    r"(^|\.)(vision_tower|vision_model|visual|audio_tower|embed_vision|embed_audio"
+    r"|multi_modal_projector)\."
+)
 _HEADS = ("lm_head.", "embed_out.")
 _SHOWN = 12
 _HINTED = 40

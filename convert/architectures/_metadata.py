@@ -10,7 +10,7 @@ from typing import Any
 
 from ...errors import ConfigError, UnsupportedError
 from ..gguf.values import KeyValue, boolean, f32, i32_array, string, u32
-from ._config import find, layer_count, rope_parameters
+from ._config import find, layer_count, prediction_layers, rope_parameters
 from ._record import Architecture, Config
 
 #: GGUF key to the names it has in configurations, tried in order.
@@ -83,7 +83,7 @@ def model_entries(architecture: Architecture, config: Config, file_type: int) ->
         UnsupportedError: a setting that llama.cpp does not know.
     """
     prefix = architecture.name
-    entries = [u32(f"{prefix}.block_count", layer_count(config))]
+    entries = [u32(f"{prefix}.block_count", layer_count(config) + prediction_layers(config))]
     entries += _numbers(prefix, config, LENGTHS)
     if config.get("is_causal") is False:
         entries.append(boolean(f"{prefix}.attention.causal", False))
@@ -102,7 +102,8 @@ def model_entries(architecture: Architecture, config: Config, file_type: int) ->
     found = {entry.key: entry for entry in (*entries, *architecture.extra_keys(config))}
     if not architecture.key_order:
         return list(found.values())
-    wanted = [k if k.startswith("general.") else f"{prefix}.{k}" for k in architecture.key_order]
+    whole = ("general.", "tokenizer.")
+    wanted = [k if k.startswith(whole) else f"{prefix}.{k}" for k in architecture.key_order]
     return [found[key] for key in wanted if key in found]
 
 

@@ -7,7 +7,7 @@ that acts on records is the same for all of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ class TensorRule:
 
     ``{n}`` in a name is the layer. ``{e}``, ``{h}`` or ``{k}`` in the Hugging Face name stand for
     every expert, query head or key-value head; those tensors are stacked. ``{q}`` stands for the
-    blocks and scales of MXFP4. Several rules for one
+    blocks and scales of MXFP4, ``{m}`` for the number of a prediction layer. Several rules for one
     GGUF tensor are alternatives: the one whose tensors are there is taken, the first is what a
     model should have.
 
@@ -45,7 +45,8 @@ class TensorRule:
         optional: the tensor may be absent.
         keep_f32: stored as F32 whatever type is asked for.
         exact: the names are whole, no ``.weight`` follows.
-        layers: ``dense`` or ``moe``: only in such layers.
+        layers: only in layers with all of these tags: ``dense`` or ``moe``, ``main`` or ``mtp``
+            (multi-token prediction), and those of ``Architecture.layer_tags``.
         needs: entry of ``config.json`` that must be set (with a ``!`` before it: must not be).
     """
 
@@ -96,6 +97,10 @@ class Architecture:
         synonyms: entry of ``config.json`` to what other families call it.
         sizes: more names for shapes, or others than usual.
         moe_layer: whether a layer has experts (by number); rules of ``layers`` ask.
+        layer_tags: more tags of a layer (by number).
+        prediction_layers: how many layers of multi-token prediction the tensor names show; they
+            follow the others.
+        attention: the model has attention heads.
         ignored: regular expression of tensor names that GGUF has no place for.
         drop_extra_layers: tensors of layers beyond the last (multi-token prediction) are left out.
         quantized: quantization methods of checkpoints that are taken as they are.
@@ -107,6 +112,7 @@ class Architecture:
         extra_tensors: computed tensors, written first.
         tokenizer: which tokenizers it may have.
         adjust_vocabulary: last changes to the vocabulary, by configuration.
+        adjust_entries: last changes to the metadata entries of the vocabulary.
         restore: entries of ``config.json`` that only this family has, from a stored model (``...``:
             leave out what all families have); None: GGUF files are not brought back.
         notes: limits, for the list of architectures.
@@ -124,6 +130,9 @@ class Architecture:
     synonyms: Mapping[str, str] = field(default_factory=dict)
     sizes: Callable[[Config], Mapping[str, int]] = lambda config: {}
     moe_layer: Callable[[Config, int], bool] = lambda config, layer: False
+    layer_tags: Callable[[Config, int], tuple[str, ...]] = lambda config, layer: ()
+    prediction_layers: Callable[[Config, Collection[str]], int] = lambda config, names: 0
+    attention: bool = True
     ignored: str = ""
     drop_extra_layers: bool = False
     drop_tied_head: bool = False
@@ -133,6 +142,7 @@ class Architecture:
     first_keys: Callable[[Config], list[KeyValue]] = lambda config: []
     extra_tensors: tuple[ExtraTensor, ...] = ()
     adjust_vocabulary: Callable[[Vocabulary, Config], Vocabulary] = lambda vocabulary, _: vocabulary
+    adjust_entries: Callable[[Sequence[KeyValue]], list[KeyValue]] = list
     restore: Callable[[Stored], Mapping[str, Any]] | None = None
     notes: str = ""
 
@@ -166,19 +176,19 @@ _SIZES = {
 
 def dimensions(architecture: Architecture, config: Config) -> dict[str, int]:
     """Return the named sizes that tensor shapes are written in."""
-    dim = head_dim(config)
-    q_heads = heads(config)
-    kv_heads = _whole("num_key_value_heads", config.get("num_key_value_heads") or q_heads)
-    sizes = {
-        "vocab": int(config["vocab_size"]),
-        "hidden": int(config["hidden_size"]),
-        "heads": q_heads,
-        "kv_heads": kv_heads,
-        "head": dim,
-        "q": q_heads * dim,
-        "kv": kv_heads * dim,
-        "qkv": (q_heads + 2 * kv_heads) * dim,
-    }
+    sizes = {"vocab": int(config["vocab_size"]), "hidden": int(config["hidden_size"])}
+    if architecture.attention:
+        dim = head_dim(config)
+        q_heads = heads(config)
+        kv_heads = _whole("num_key_value_heads", config.get("num_key_value_heads") or q_heads)
+        sizes |= {
+            "heads": q_heads,
+            "kv_heads": kv_heads,
+            "head": dim,
+            "q": q_heads * dim,
+            "kv": kv_heads * dim,
+            "qkv": (q_heads + 2 * kv_heads) * dim,
+        }
     for name, keys in _SIZES.items():
         found = next((key for key in keys if config.get(key) is not None), None)
         if found is not None:

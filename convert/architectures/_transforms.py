@@ -28,6 +28,8 @@ from ..movement import (
     unstack_experts,
 )
 from ..mxfp4 import pack_mxfp4, unpack_mxfp4
+from . import _state_space as state
+from ._ternary import ternary
 
 Tensors = Sequence[LazyTensor]
 Sizes = Mapping[str, int]
@@ -137,6 +139,16 @@ def _group(tensors: Tensors, sizes: Sizes) -> list[LazyTensor]:
     return [group_qkv(parts, *_heads(sizes))]
 
 
+def _split_pairs(tensors: Tensors, sizes: Sizes) -> list[LazyTensor]:
+    q, k, v = split_rows(tensors[0], [sizes["q"], sizes["kv"], sizes["kv"]])
+    return [interleave(q, sizes["heads"]), interleave(k, sizes["kv_heads"]), v]
+
+
+def _join_pairs(tensors: Tensors, sizes: Sizes) -> list[LazyTensor]:
+    q, k, v = tensors
+    return [concat([deinterleave(q, sizes["heads"]), deinterleave(k, sizes["kv_heads"]), v])]
+
+
 def _split_kv_b(tensors: Tensors, sizes: Sizes) -> list[LazyTensor]:
     """[heads * (nope + v), rank] to keys [heads, rank, nope] and values [heads, v, rank]."""
     heads, rank = sizes["heads"], tensors[0].shape[-1]
@@ -198,6 +210,47 @@ TRANSFORMS: Mapping[str, Transform] = {
     "ungroup_qkv": Transform(_ungroup, _group),
     # latent attention: the up-projection of keys and values -> keys, values
     "split_kv_b": Transform(_split_kv_b, _join_kv_b),
+    # q|k|v to q, k, v with adjacent rotary pairs; the same for query groups
+    "split_qkv_pairs": Transform(_split_pairs, _join_pairs),
+    "ungroup_qkv_pairs": Transform(
+        lambda tensors, sizes: _split_pairs(_ungroup(tensors, sizes), sizes),
+        lambda tensors, sizes: _group(_join_pairs(tensors, sizes), sizes),
+    ),
+    # state spaces
+    "negative_exp": Transform(state.negative_exp, state.negative_log, changes_values=True),
+    "negative_exp_column": Transform(
+        lambda tensors, sizes: state.column(state.negative_exp(tensors, sizes), sizes),
+        lambda tensors, sizes: state.negative_log(state.flat(tensors, sizes), sizes),
+        changes_values=True,
+    ),
+    "column": Transform(state.column, state.flat),
+    "squeeze": Transform(state.squeeze, state.unsqueeze),
+    "by_group": Transform(state.by_group, state.flat),
+    # linear attention: value heads in the order in which key heads are repeated
+    "tiled_values": Transform(state.tiled_values(), state.tiled_values(back=True)),
+    "tiled_heads": Transform(state.tiled("value_head"), state.tiled("value_head", back=True)),
+    "tiled": Transform(state.tiled(""), state.tiled("", back=True)),
+    "tiled_columns": Transform(
+        state.tiled("value_head", 1), state.tiled("value_head", 1, back=True)
+    ),
+    "squeeze_tiled_values": Transform(
+        lambda tensors, sizes: state.tiled_values()(state.squeeze(tensors, sizes), sizes),
+        lambda tensors, sizes: state.unsqueeze(
+            state.tiled_values(back=True)(tensors, sizes), sizes
+        ),
+    ),
+    "negative_exp_tiled": Transform(
+        lambda tensors, sizes: state.tiled("")(state.negative_exp(tensors, sizes), sizes),
+        lambda tensors, sizes: state.negative_log(
+            state.tiled("", back=True)(tensors, sizes), sizes
+        ),
+        changes_values=True,
+    ),
+    "split_qkvz": Transform(state.split_qkvz, state.join_qkvz),
+    # weights that are -1, 0 or 1 times their mean magnitude
+    "ternary": Transform(
+        lambda tensors, sizes: [ternary(t) for t in tensors], _same, changes_values=True
+    ),
     # norm weights that the model stores minus one
     "plus_one": Transform(
         lambda tensors, sizes: _shift(tensors, 1),

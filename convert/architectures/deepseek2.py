@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from ..gguf.values import KeyValue, boolean, f32, u32
 from ..tokenizers import TokenizerRule
-from ._blocks import FRAME, LAYER, NORMS, experts, fused_experts, gated_mlp, router
+from ._blocks import FRAME, LAYER, NORMS, correction_bias, experts, fused_experts, gated_mlp, router
 from ._config import rope_parameters
 from ._record import Architecture, Config, Default, TensorRule
 from ._restore import Stored, restored_rope
@@ -188,14 +188,7 @@ ARCHITECTURE = Architecture(
         _rule("attn_output", "o_proj", "hidden", "attended", bias="maybe"),
         *gated_mlp(layers="dense"),
         router(f"{LAYER}.mlp.gate"),
-        TensorRule(
-            "blk.{n}.exp_probs_b.bias",
-            f"{LAYER}.mlp.gate.e_score_correction_bias",
-            ("experts",),
-            optional=True,
-            exact=True,
-            layers="moe",
-        ),
+        correction_bias(),
         *experts(),
         *fused_experts(),
         *gated_mlp(

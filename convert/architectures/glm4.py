@@ -5,13 +5,11 @@ Rotary pairs are adjacent on both sides. Special tokens are known by their text.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from ...errors import ConfigError
 from ..gguf.values import KeyValue, u32
-from ..tokenizers import TokenizerRule, Vocabulary
+from ..tokenizers import TokenizerRule
 from ._blocks import FRAME, LAYER, NORMS, attention
 from ._config import rope_parameters
+from ._glm_like import special_tokens
 from ._record import Architecture, Config, TensorRule, head_dim
 
 _END, _USER = "<|endoftext|>", "<|user|>"
@@ -21,16 +19,6 @@ _SPECIALS = {"eos": _END, "eot": _USER, "unk": _END, "bos": _END}
 def _extra_keys(config: Config) -> list[KeyValue]:
     share = rope_parameters(config).get("partial_rotary_factor", 0.5)
     return [u32("glm4.rope.dimension_count", int(head_dim(config) * share))]
-
-
-def _adjust_vocabulary(vocabulary: Vocabulary, config: Config) -> Vocabulary:
-    tokens = list(vocabulary.tokens)
-    try:
-        ids = {role: tokens.index(text) for role, text in _SPECIALS.items()}
-    except ValueError as error:
-        raise ConfigError(f"the tokenizer is not one of GLM-4's: {error}") from None
-    specials = vocabulary.specials
-    return replace(vocabulary, specials=replace(specials, ids={**specials.ids, **ids}))
 
 
 ARCHITECTURE = Architecture(
@@ -53,7 +41,7 @@ ARCHITECTURE = Architecture(
         },
     },
     extra_keys=_extra_keys,
-    adjust_vocabulary=_adjust_vocabulary,
+    adjust_vocabulary=special_tokens(_SPECIALS),
     tokenizer=TokenizerRule(kinds=("bpe",)),
     tensors=(
         *FRAME,

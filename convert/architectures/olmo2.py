@@ -6,7 +6,7 @@ layers.
 
 from __future__ import annotations
 
-from ..gguf.values import KeyValue, ValueType, u32
+from ..gguf.values import KeyValue, booleans, u32
 from ..tokenizers import TokenizerRule
 from ._blocks import FRAME, LAYER, attention, gated_mlp, head_norms
 from ._config import layer_count
@@ -25,7 +25,7 @@ def _extra_keys(config: Config) -> list[KeyValue]:
     key = "olmo2.attention.sliding_window_pattern"
     return [
         u32("olmo2.attention.sliding_window", config["sliding_window"]),
-        KeyValue(key, ValueType.ARRAY, local, ValueType.BOOL),
+        booleans(key, local),
     ]
 
 

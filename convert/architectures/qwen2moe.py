@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from ..gguf.values import KeyValue, u32
 from ..tokenizers import TokenizerRule
-from ._blocks import FRAME, LAYER, NORMS, attention, experts, fused_experts, gated_mlp, router
-from ._record import Architecture, Config, TensorRule
+from ._blocks import (
+    FRAME,
+    LAYER,
+    NORMS,
+    attention,
+    experts,
+    fused_experts,
+    router,
+    shared_expert,
+)
+from ._record import Architecture, Config
 from .qwen3moe import is_moe_layer
 
 
@@ -50,13 +59,6 @@ ARCHITECTURE = Architecture(
         router(f"{LAYER}.mlp.gate"),
         *experts(),
         *fused_experts(),
-        *gated_mlp(f"{LAYER}.mlp.shared_expert", "_shexp", "shared_ff", layers="moe"),
-        TensorRule(
-            "blk.{n}.ffn_gate_inp_shexp",
-            f"{LAYER}.mlp.shared_expert_gate",
-            ("one", "hidden"),
-            keep_f32=True,
-            layers="moe",
-        ),
+        *shared_expert(),
     ),
 )

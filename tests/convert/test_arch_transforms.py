@@ -13,7 +13,8 @@ from mconv.shardio import from_array
 
 SIZES = st.fixed_dictionaries(
     {"experts": st.integers(1, 4), "kv_heads": st.integers(1, 3), "ratio": st.integers(1, 3),
-     "head": st.sampled_from([2, 4, 6]), "nope": st.integers(1, 4), "v": st.integers(1, 4)}
+     "head": st.sampled_from([2, 4, 6]), "groups": st.integers(1, 3),
+     "nope": st.integers(1, 4), "v": st.integers(1, 4)}
 )  # fmt: skip
 Sizes = Mapping[str, int]
 Shapes = Callable[[Sizes], list[tuple[int, ...]]]
@@ -81,8 +82,109 @@ CASES: dict[str, tuple[Shapes, Truth]] = {
 }  # fmt: skip
 
 
+def pairs(x: np.ndarray, count: int) -> np.ndarray:
+    """Bring rotary halves into adjacent pairs."""
+    return x.reshape(count, 2, -1, x.shape[-1]).swapaxes(1, 2).reshape(x.shape)
+
+
+def three(x: np.ndarray, s: Sizes) -> list[np.ndarray]:
+    q, k, v = np.split(x, [s["q"], s["q"] + s["kv"]])
+    return [pairs(q, s["heads"]), pairs(k, s["kv_heads"]), v]
+
+
+def tile(x: np.ndarray, s: Sizes, width: int) -> np.ndarray:
+    """Order value heads by plain indexing."""
+    keys, ratio = s["kv_heads"], s["ratio"]
+    rows = [
+        (key * ratio + r) * width + i
+        for r in range(ratio)
+        for key in range(keys)
+        for i in range(width)
+    ]
+    return x[rows]
+
+
+def tile_last(x: np.ndarray, s: Sizes) -> np.ndarray:
+    first = 2 * s["kv_heads"] * s["key_head"]
+    return np.concatenate([x[:first], tile(x[first:], s, s["v"])])
+
+
+def four(x: np.ndarray, s: Sizes) -> list[np.ndarray]:
+    keys, value = s["kv_heads"], s["ratio"] * s["v"]
+    widths = [s["key_head"], s["key_head"], value, value]
+    parts: list[list[np.ndarray]] = [[], [], [], []]
+    at = 0
+    for _ in range(keys):
+        for part, width in zip(parts, widths, strict=True):
+            part.append(x[at : at + width])
+            at += width
+    return [np.concatenate([*parts[0], *parts[1], *parts[2]]), np.concatenate(parts[3])]
+
+
+def linear_rows(s: Sizes) -> int:
+    return 2 * s["kv_heads"] * s["key_head"] + s["heads"] * s["v"]
+
+
+CASES |= {
+    "split_qkv_pairs": (lambda s: [(s["q"] + 2 * s["kv"], 3)], lambda x, s: three(x[0], s)),
+    "ungroup_qkv_pairs": (
+        lambda s: [(s["q"] + 2 * s["kv"], 3)],
+        lambda x, s: three(grouped(x[0], s), s),
+    ),
+    "column": (lambda s: [(4,)], lambda x, s: [x[0][:, None]]),
+    "squeeze": (lambda s: [(4, 1, 3)], lambda x, s: [x[0][:, 0]]),
+    "by_group": (lambda s: [(2 * s["groups"],)], lambda x, s: [x[0].reshape(s["groups"], 2)]),
+    "tiled": (lambda s: [(s["heads"], 2)], lambda x, s: [tile(x[0], s, 1)]),
+    "tiled_heads": (lambda s: [(s["heads"] * s["v"], 2)], lambda x, s: [tile(x[0], s, s["v"])]),
+    "tiled_columns": (
+        lambda s: [(2, s["heads"] * s["v"])],
+        lambda x, s: [tile(x[0].T, s, s["v"]).T],
+    ),
+    "tiled_values": (lambda s: [(linear_rows(s), 2)], lambda x, s: [tile_last(x[0], s)]),
+    "squeeze_tiled_values": (
+        lambda s: [(linear_rows(s), 1, 3)],
+        lambda x, s: [tile_last(x[0][:, 0], s)],
+    ),
+    "split_qkvz": (
+        lambda s: [(2 * s["kv_heads"] * s["key_head"] + 2 * s["heads"] * s["v"], 2)],
+        lambda x, s: four(x[0], s),
+    ),
+}
+#: Those with tests of their own.
+OTHERS = {"mxfp4", "mxfp4_alternating_gate_up", "ternary"} | {
+    f"negative_exp{how}" for how in ("", "_column", "_tiled")
+}
+
+
 def test_every_transform_has_a_case() -> None:
-    assert {*CASES, "mxfp4", "mxfp4_alternating_gate_up"} == set(TRANSFORMS)
+    assert {*CASES, *OTHERS} == set(TRANSFORMS)
+
+
+@given(keys=st.integers(1, 3), ratio=st.integers(1, 3))
+def test_negative_exponentials(keys: int, ratio: int) -> None:
+    count = keys * ratio
+    sizes = {"key_heads": keys, "value_heads": count, "kv_heads": keys, "ratio": ratio}
+    values = np.log(np.arange(1, count + 1, dtype=np.float32))
+    for name, want in (
+        ("negative_exp", -np.arange(1.0, count + 1)),
+        ("negative_exp_column", -np.arange(1.0, count + 1)[:, None]),
+        ("negative_exp_tiled", tile(-np.arange(1.0, count + 1), sizes, 1)),
+    ):
+        [there] = TRANSFORMS[name].apply([from_array(values)], sizes)
+        assert there.dtype == np.float32
+        np.testing.assert_allclose(there.read(), want, rtol=1e-6)
+        [back] = TRANSFORMS[name].undo([there], sizes)
+        np.testing.assert_allclose(back.read(), values, atol=1e-6)
+
+
+@given(rows=st.integers(1, 40), columns=st.integers(1, 40), seed=st.integers(0, 9))
+def test_ternary_weights(rows: int, columns: int, seed: int) -> None:
+    values = np.random.default_rng(seed).normal(size=(rows, columns)).astype(np.float32)
+    [made] = TRANSFORMS["ternary"].apply([from_array(values)], {})
+    mean = np.abs(values).mean(dtype=np.float64)
+    want = np.clip(np.rint(values / mean), -1, 1) * mean
+    np.testing.assert_allclose(made.read(), want, rtol=1e-6)
+    np.testing.assert_array_equal(made.read([slice(0, 1)]), made.read()[:1])
 
 
 #: The sixteen values of four bits (OCP Microscaling formats, E2M1).
@@ -121,6 +223,8 @@ def test_there_and_back(name: str, drawn: dict[str, int]) -> None:
     kv = drawn["kv_heads"]
     sizes = {**drawn, "heads": kv * drawn["ratio"]}
     sizes |= {"q": sizes["heads"] * drawn["head"], "kv": kv * drawn["head"]}
+    sizes |= {"key_heads": kv, "value_heads": sizes["heads"], "value_head": drawn["v"]}
+    sizes["key_head"] = drawn["nope"]
     given_ = [
         np.arange(np.prod(shape), dtype=np.float32).reshape(shape) + 1000 * i
         for i, shape in enumerate(shapes(sizes))
