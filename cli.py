@@ -28,6 +28,7 @@ _COMMANDS = {
     "tokenize": "Encode text for training; can train a small tokenizer.",
     "roundtrip": "Prove that a chain of conversions loses nothing.",
     "ollama": "Install models into Ollama, prove their prompts, verify, bundle, lint.",
+    "deploy": "Serve a model from replicas behind a balancer: compose, Kubernetes, RPC.",
     "modelfile": "Make a Modelfile with a proven prompt template, or check one.",
     "diff": "Compare two checkpoints of any formats, tensor by tensor.",
 }

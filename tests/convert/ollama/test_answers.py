@@ -31,7 +31,7 @@ FIXTURES = Path(__file__).resolve().parents[2] / "fixtures" / "ollama"
 TALKS = json.loads((FIXTURES / "talks.json").read_text(encoding="utf-8"))
 
 ASK = """
-import json, sys, xllamacpp
+import json, os, sys, xllamacpp
 request = json.load(sys.stdin)
 params = xllamacpp.CommonParams()
 params.model.path = request["model"]
@@ -44,7 +44,8 @@ answers = []
 for prompt in request["prompts"]:
     answers.append(server.handle_completions({
         "prompt": prompt, "stop": request["stop"], "n_predict": 40, "temperature": 0}))
-print("\\n" + json.dumps([a["choices"][0] for a in answers]))
+print("\\n" + json.dumps([a["choices"][0] for a in answers]), flush=True)
+os._exit(0)  # ending the server in order may hang
 """
 
 
