@@ -17,7 +17,7 @@ from torch.distributed.tensor.parallel import loss_parallel
 from .batch import Batch
 from .config import RunConfig
 from .loss import all_sum, count_labels, token_loss
-from .mesh import TOKENS
+from .mesh import DP, TOKENS
 from .moe import MoE
 from .state import TrainState
 
@@ -37,7 +37,7 @@ class PlainEngine:
         """Accumulate the gradients of a step's rows; see ``hooks.Engine``."""
         batch, total = self._prepared(batch)
         self._balance()
-        part = self.state.parts[0]
+        part, numbers = self.state.parts[0], self._numbers(len(batch.inputs))
         starts = range(0, len(batch.inputs), self.micro_batch)
         loss = torch.zeros((), device=self.device, dtype=torch.float64)
         for start in starts:
@@ -46,10 +46,10 @@ class PlainEngine:
                 part.set_requires_gradient_sync(last)
                 part.set_is_last_backward(last)
             rows = batch.rows(start, self.micro_batch)
+            some = None if numbers is None else numbers[start : start + self.micro_batch]
             with self._context():
-                one = token_loss(
-                    part(rows.inputs, rows.positions, rows.documents), rows.labels, total
-                )
+                logits = part(rows.inputs, rows.positions, rows.documents, some)
+                one = token_loss(logits, rows.labels, total)
                 torch.autograd.backward(one * self.state.scale.value)
             loss += one.detach()
         return all_sum(loss, self.group), total
@@ -72,6 +72,13 @@ class PlainEngine:
             batch = context.part(batch)
         total = max(1, count_labels(batch.labels, self.group))
         return batch.to(self.device), total
+
+    def _numbers(self, count: int) -> Tensor | None:
+        """Return the numbers of this rank's rows since the start of the run, if dropout asks."""
+        if not (self.config.lora.rank and self.config.lora.dropout):
+            return None
+        first = self.state.step * self.config.train.batch + self.state.meshes.rank(*DP) * count
+        return torch.arange(first, first + count, device=self.device)
 
     def _balance(self) -> None:
         """Tell the mixture layers how much a row's load balancing loss weighs in this step."""

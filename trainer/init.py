@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from .adapter import Factor
 from .model import Decoder
 from .norm import RMSNorm
 
@@ -49,8 +50,12 @@ def source_name(part: Decoder, name: str) -> str:
 
 def fill(parameter: Tensor, values: Callable[[tuple[int, ...]], Tensor]) -> None:
     """Fill this rank's part of a parameter from ``values(global shape)``, in place."""
-    mine = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-    mine.copy_(values(tuple(parameter.shape))[local_region(parameter)])
+    local_part(parameter).copy_(values(tuple(parameter.shape))[local_region(parameter)])
+
+
+def local_part(parameter: Tensor) -> Tensor:
+    """Return what this rank has of a parameter; it shares memory."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def local_region(parameter: Tensor) -> tuple[slice, ...]:
@@ -69,6 +74,8 @@ def _values(
     def values(shape: tuple[int, ...]) -> Tensor:
         if isinstance(module, RMSNorm):
             return torch.full(shape, 0.0 if module.offset else 1.0)
+        if isinstance(module, Factor):
+            return module.initial(shape, _generator(name, seed))
         if leaf == "bias":
             return torch.zeros(shape)
         return torch.empty(shape).normal_(0.0, _DEVIATION, generator=_generator(name, seed))

@@ -19,6 +19,7 @@ from .config import RunConfig
 from .data import open_data, prepare
 from .eval import EvalHook
 from .hooks import Hook, Run
+from .lora import LoraHook
 from .mesh import DP, Meshes
 from .metrics import LogHook, StepMetrics
 from .optim import set_rate
@@ -41,7 +42,7 @@ def train(config: RunConfig, meshes: Meshes) -> Run:
     data = open_data(config.data, train.seq_len, train.seed, config.model.vocab_size, folder)
     run = new_run(config, meshes, data)
     log = LogHook()
-    run_steps(run, [log, EvalHook(log), Save()])
+    run_steps(run, [log, EvalHook(log), LoraHook(), Save()])
     return run
 
 

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from .attention import Attention, attention_mask, rotary
 from .context import Context
+from .dropout import Rows
 from .model_config import ModelConfig
 from .moe import MoE
 from .norm import RMSNorm
@@ -58,12 +59,19 @@ class Layer(nn.Module):
         self.feed = "block_sparse_moe" if config.model_type == "mixtral" else "mlp"
         self.add_module(self.feed, MoE(config) if config.num_experts else FeedForward(config))
         self.body = self.run
+        self.rows: Rows | None = None  # for the dropout of adapters
 
-    def forward(self, x: Tensor, table: Tensor, mask: Tensor | None) -> Tensor:
-        return self.body(x, table, mask)
+    def forward(
+        self, x: Tensor, table: Tensor, mask: Tensor | None, numbers: Tensor | None = None
+    ) -> Tensor:
+        return self.body(x, table, mask, numbers)
 
-    def run(self, x: Tensor, table: Tensor, mask: Tensor | None) -> Tensor:
+    def run(
+        self, x: Tensor, table: Tensor, mask: Tensor | None, numbers: Tensor | None
+    ) -> Tensor:
         """Compute the layer."""
+        if self.rows is not None:
+            self.rows.numbers = numbers
         x = x + self.self_attn(self.input_layernorm(x), table, mask)
         return x + self.feed_forward(self.post_attention_layernorm(x))
 
@@ -86,7 +94,13 @@ class Backbone(nn.Module):
         if last:
             self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.family.gemma)
 
-    def forward(self, x: Tensor, positions: Tensor | None, documents: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor | None,
+        documents: Tensor | None,
+        numbers: Tensor | None,
+    ) -> Tensor:
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device)[None]
         if self.first:
@@ -96,7 +110,7 @@ class Backbone(nn.Module):
         table = rotary(positions, self.config, x.dtype)
         mask = attention_mask(self.config, positions.shape[1], self.context, documents)
         for layer in self.layers.values():
-            x = layer(x, table, mask)
+            x = layer(x, table, mask, numbers)
         return self.norm(x) if self.last else x
 
 
@@ -135,10 +149,21 @@ class Decoder(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(
-        self, x: Tensor, positions: Tensor | None = None, documents: Tensor | None = None
+        self,
+        x: Tensor,
+        positions: Tensor | None = None,
+        documents: Tensor | None = None,
+        numbers: Tensor | None = None,
     ) -> Tensor:
-        """Run the part; ``positions`` and ``documents`` as in ``Batch``, None for one document."""
-        x = self.model(x, positions, documents)
+        """Run the part.
+
+        Args:
+            x: token ids, or hidden states.
+            positions, documents: as in ``Batch``; None for one document per row.
+            numbers: int64 [rows], numbers of the rows since the start of the run, which dropout
+                needs.
+        """
+        x = self.model(x, positions, documents, numbers)
         return self.lm_head(x) if self.last else x
 
     def set_context(self, context: Context) -> None:

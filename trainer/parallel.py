@@ -30,6 +30,7 @@ from torch.utils.checkpoint import (
 
 from .config import RunConfig
 from .context import Context
+from .lora import add_adapters
 from .mesh import EXPERT_FSDP, FSDP, TOKENS, Meshes
 from .model import Decoder, Layer
 from .moe import MoE
@@ -47,6 +48,8 @@ def parallelize(part: Decoder, meshes: Meshes, config: RunConfig) -> None:
     if meshes.size("tp") > 1:
         cut_tensors(part, meshes.sub("tp"), config.parallel)
     part.tie()
+    if config.lora.rank:
+        add_adapters(part, config.lora, config.train.seed)
     for layer in part.model.layers.values():
         assert isinstance(layer, Layer)
         _wrap(layer, config.train.checkpointing, config.train.compile)

@@ -115,6 +115,9 @@ class PipelineEngine(PlainEngine):
         more: dict[str, Any] = {"positions": batch.positions}
         if batch.documents is not None:
             more["documents"] = batch.documents
+        numbers = self._numbers(len(batch.inputs)) if train else None
+        if numbers is not None:
+            more["numbers"] = numbers
         losses: list[Tensor] = []
         if train:
             self.schedule.step(*inputs, target=target, losses=losses, return_outputs=False, **more)

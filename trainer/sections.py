@@ -12,6 +12,9 @@ from pathlib import Path
 
 from ..errors import ConfigError, did_you_mean
 
+#: Schedules that compute gradients of inputs and of weights apart.
+SPLIT_BACKWARD = ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
+
 #: Pipeline schedules of ``torch.distributed.pipelining``, and how many stages a rank has in each.
 SCHEDULES = {
     "GPipe": 1,
@@ -199,6 +202,7 @@ class LoraConfig:
         targets: last parts of the names of the linear layers that get one.
         dropout: part of a layer's inputs that its update does not see.
         rslora: scale by alpha / sqrt(rank).
+        init_from: an adapter of PEFT to start from.
     """
 
     rank: int = 0
@@ -206,6 +210,7 @@ class LoraConfig:
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     dropout: float = 0.0
     rslora: bool = False
+    init_from: Path | None = None
 
     def __post_init__(self) -> None:
         _at_least("lora.rank", self.rank, 0)
@@ -231,6 +236,8 @@ class SaveConfig:
         keep_every: steps whose multiples are kept for good; 0 for none.
         asynchronous: training goes on while a checkpoint is written.
         formats: of each checkpoint.
+        resume: ``auto`` continues from the newest checkpoint of the folder, if there is one,
+            ``none`` starts anew, anything else is the path of a checkpoint.
     """
 
     folder: Path
@@ -239,6 +246,7 @@ class SaveConfig:
     keep_every: int = 0
     asynchronous: bool = False
     formats: tuple[str, ...] = ("dcp",)
+    resume: str = "auto"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
