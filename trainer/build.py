@@ -13,6 +13,7 @@ from .optim import build_optimizers, link, shards
 from .parallel import parallelize
 from .pipeline import PipelineEngine, build_parts
 from .state import LossScale, TrainState
+from .weights import load_weights, open_weights
 
 _FIRST_SCALE = 2.0**16
 
@@ -41,6 +42,8 @@ def build_state(config: RunConfig, meshes: Meshes, empty: bool = False) -> Train
         materialize(
             part, config.train.seed, "cpu" if config.parallel.cpu_offload else meshes.device
         )
+    if config.model.init_from is not None:
+        load_weights(parts, open_weights(config.model.init_from, config.model))
     if config.train.precision == "fp16":
         state.scale = LossScale(_FIRST_SCALE)
     build_optimizer_state(config, state)

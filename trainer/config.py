@@ -15,7 +15,9 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from ..convert.naming import to_hf
 from ..errors import ConfigError, did_you_mean
+from ..shardio import open_checkpoint
 from .model_config import ModelConfig
 from .sections import (
     DataConfig,
@@ -71,10 +73,8 @@ def load_config(path: Path, settings: Sequence[str] = ()) -> RunConfig:
         _set(data, setting)
     base = path.resolve().parent
     model = data.get("model")
-    if isinstance(model, dict) and "path" in model:
-        data["model"] = _sizes_of(base / str(model["path"])) | {
-            k: v for k, v in model.items() if k != "path"
-        }
+    if isinstance(model, dict):
+        data["model"] = _with_sizes(model, base)
     return build(RunConfig, data, str(path), base)
 
 
@@ -136,14 +136,24 @@ def _set(data: dict[str, Any], setting: str) -> None:
     table[keys[-1]] = value
 
 
-def _sizes_of(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error})") from error
-    values = asdict(ModelConfig.from_hf(config))
-    return {k: v for k, v in values.items() if v is not None}
+def _with_sizes(model: dict[str, Any], base: Path) -> dict[str, Any]:
+    """Return ``[model]`` with the sizes of ``path``, or else of the checkpoint it starts from."""
+    own = {k: v for k, v in model.items() if k != "path"}
+    if "path" in model:
+        path = base / str(model["path"]) / "config.json"
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path}: cannot be read ({error})") from error
+    elif "init_from" in model and "hidden_size" not in model:
+        source = base / str(model["init_from"])
+        config = to_hf(open_checkpoint(source)).config
+        if config is None:
+            raise ConfigError(f"{source}: has no config.json; give the sizes in [model]")
+    else:
+        return own
+    sizes = asdict(ModelConfig.from_hf(config))
+    return {k: v for k, v in sizes.items() if v is not None} | own
 
 
 def build(kind: type[T], data: Mapping[str, Any], where: str, base: Path | None = None) -> T:

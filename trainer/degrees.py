@@ -11,7 +11,7 @@ from math import prod
 
 from ..errors import ConfigError
 from .config import RunConfig
-from .sections import SCHEDULES
+from .sections import SCHEDULES, SPLIT_BACKWARD
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +96,7 @@ def resolve(config: RunConfig, world_size: int) -> Degrees:
     )
     _check_tensor(config, degrees)
     _check_pipeline(config, degrees)
+    _check_split_backward(config, degrees)
     _check_rest(config, degrees)
     return degrees
 
@@ -135,6 +136,24 @@ def _check_pipeline(config: RunConfig, d: Degrees) -> None:
         raise ConfigError(f"{name} needs micro-batches, {d.micro_batches}, divisible by pp={d.pp}")
 
 
+def _check_split_backward(config: RunConfig, d: Degrees) -> None:
+    """Refuse what torch computes wrongly or not at all when a schedule splits backward."""
+    name = config.parallel.schedule
+    if d.pp == 1 or name not in SPLIT_BACKWARD:
+        return
+    if d.dp * d.cp > 1 and config.parallel.zero == 3:
+        raise ConfigError(
+            f"parallel.schedule={name!r} computes gradients of weights after zero=3 has released "
+            "them, and torch loses these gradients; use parallel.zero=2, or another schedule "
+            "(Interleaved1F1B)"
+        )
+    if config.train.checkpointing == "selective":
+        raise ConfigError(
+            f"parallel.schedule={name!r} runs backward twice, which selective checkpointing "
+            "cannot; use train.checkpointing 'full' or 'none'"
+        )
+
+
 def _check_rest(config: RunConfig, d: Degrees) -> None:
     experts = config.model.num_experts
     if d.ep > 1:
@@ -142,6 +161,11 @@ def _check_rest(config: RunConfig, d: Degrees) -> None:
             raise ConfigError(f"parallel.ep={d.ep}: model.num_experts is 0; use 1")
         _divides("num_experts", experts, "ep", d.ep)
         _divides("dp_shard", d.dp_shard, "ep", d.ep, "parallel")
+        if config.train.checkpointing == "selective":
+            raise ConfigError(
+                "train.checkpointing='selective' cannot recompute experts of other ranks; use "
+                "'full' or 'none' with parallel.ep > 1"
+            )
     _divides("seq_len", config.train.seq_len, "cp", d.cp, "train")
 
 

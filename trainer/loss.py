@@ -25,8 +25,7 @@ def token_loss(logits: Tensor, labels: Tensor, total: float) -> Tensor:
     """
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
     loss = functional.cross_entropy(wide, labels.flatten(), reduction="sum", ignore_index=IGNORE)
-    loss = loss / total
-    return loss.to_local() if isinstance(loss, DTensor) else loss
+    return (loss.to_local() if isinstance(loss, DTensor) else loss) / total
 
 
 def count_labels(labels: Tensor, group: dist.ProcessGroup | None = None) -> int:
