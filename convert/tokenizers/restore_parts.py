@@ -80,12 +80,19 @@ def template_of(vocabulary: Vocabulary, texts: Sequence[str]) -> dict[str, Any] 
     return {
         "type": "TemplateProcessing",
         "single": _around(ends, "A", 0),
-        # what stands between two texts tells whether separators are added: say it or leave it out
-        "pair": [*_around(ends, "A", 0), *_around(ends, "B", 1)][: None if "sep" in add else -1],
+        "pair": _pair(ends, apart="sep" in add),
         "special_tokens": {
             t: {"id": t, "ids": [texts.index(t)], "tokens": [t]} for t in ends if t is not None
         },
     }
+
+
+def _pair(ends: Sequence[str | None], *, apart: bool) -> list[dict[str, Any]]:
+    """Two texts. What stands between them tells whether separators are added: it may be nothing."""
+    first, second = _around(ends, "A", 0), _around(ends, "B", 1)
+    if apart:
+        return [*first, *second]
+    return [*(first[:-1] if ends[1] else first), *(second[1:] if ends[0] else second)]
 
 
 def _around(ends: Sequence[str | None], name: str, type_id: int) -> list[dict[str, Any]]:
