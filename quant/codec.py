@@ -1,9 +1,9 @@
 """The two public calls: ``quantize`` and ``dequantize``.
 
-Both check their input, then hand whole rows to the native kernels, or to the numpy fallback when
-the package was installed without a compiler. The bytes are the same either way, and never depend
-on the number of threads. Float types (F32, F16, BF16) are plain casts: NaN and infinity pass
-through; block types refuse them.
+Both check their input, then hand whole rows to the native kernels, to a GPU on request, or to the
+numpy fallback when the package was installed without a compiler. The bytes are the same every
+way, and never depend on the number of threads. Float types (F32, F16, BF16) are plain casts: NaN
+and infinity pass through; block types refuse them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import QuantError
-from .device import has_array_program, quantize_on
+from .device import dequantize_on, has_array_program, quantize_on
 from .fallback import decode, encode, scales_overflow
 from .floats import BFLOAT16, FLOAT16, FLOAT32, bf16_bits, f16_bits, to_float32
 from .grids import GRID_TYPES, load_grid
@@ -111,6 +111,7 @@ def dequantize(
     *,
     dtype: npt.DTypeLike = np.float32,
     threads: int | None = None,
+    device: str = "cpu",
 ) -> npt.NDArray:
     """Decode ggml bytes to an array.
 
@@ -120,12 +121,14 @@ def dequantize(
         shape: the shape to return; its last axis is a multiple of the block size.
         dtype: float32, float16 or bfloat16 (rounded from float32 to nearest even).
         threads: worker threads (default: all processors).
+        device: ``"cpu"``, or a torch device; types without a kernel there are decoded on the CPU.
 
     Returns:
-        An array of ``shape`` and ``dtype``.
+        An array of ``shape`` and ``dtype``; the same values on every device.
 
     Raises:
         QuantError: unknown type, or ``data`` does not have the size that ``shape`` needs.
+        ConfigError: the device cannot be used.
     """
     kind = type_by_name(type)
     cols = shape[-1] if shape else 1
@@ -138,16 +141,24 @@ def dequantize(
     target = np.dtype(dtype)
     if target not in _INPUTS:
         raise QuantError(f"cannot decode to {target}: choose float32, float16 or bfloat16")
-    native = _native()
-    if not flat.size:
-        values = np.empty(0, np.float32)
-    elif native is not None and native.can_dequantize(kind.id):
-        _install_grid(native, kind)
-        values = np.empty(prod(shape), np.float32)
-        native.dequantize(kind.id, flat, values, threads or os.cpu_count() or 1)
-    else:
-        values = decode(flat, kind)
+    values = _decode(flat, kind, threads, device) if flat.size else np.empty(0, np.float32)
     return _narrow(values, target).reshape(shape)
+
+
+def _decode(
+    flat: npt.NDArray[np.uint8], kind: GgmlType, threads: int | None, device: str
+) -> npt.NDArray[np.float32]:
+    if device != "cpu":
+        found = dequantize_on(device, flat, kind)
+        if found is not None:
+            return found
+    native = _native()
+    if native is None or not native.can_dequantize(kind.id):
+        return decode(flat, kind)
+    _install_grid(native, kind)
+    values = np.empty(flat.size // kind.bytes * kind.block, np.float32)
+    native.dequantize(kind.id, flat, values, threads or os.cpu_count() or 1)
+    return values
 
 
 def _install_grid(native: ModuleType, kind: GgmlType) -> None:

@@ -45,8 +45,10 @@ def flag(mask: Array) -> Array:
 
 
 def nearest(x: Array) -> Array:
-    """Round half to even, as int32; beyond 2**22 the result wraps as in the reference."""
+    """Round half to even, as int32; beyond 2**22 it wraps as in the reference, NaN gives 0."""
     xp = backend(x)
+    if xp is not np:
+        x = x.nan_to_num(0.0, float("inf"), float("-inf"))  # NaN has other bits on a GPU
     return ((x + _const(x, _MAGIC)).view(xp.int32) & 0x007FFFFF) - 0x00400000
 
 
