@@ -43,6 +43,13 @@ MODELS: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 12,
         "router_aux_loss_coef": 0.01,
     },
+    "mixtral": {"model_type": "mixtral", "num_experts": 4, "sliding_window": 5},
+    "gemma": {
+        "model_type": "gemma",
+        "tie_word_embeddings": True,
+        "head_dim": 6,
+        "hidden_act": "gelu_pytorch_tanh",
+    },
 }
 
 
@@ -147,13 +154,18 @@ def trained(
     """Train on a rank; return loss and gradient norm of each step."""
     from mconv.trainer.loop import new_run, one_step
 
-    if world_size == 1 and config.parallel == ParallelConfig():
-        return plain_loop(config, ToyData(config, packed))
     with process_group(rank, world_size, store):
         meshes = build_meshes(resolve(config, world_size), "cpu")
         run = new_run(config, meshes, ToyData(config, packed))
         steps = [one_step(run) for _ in range(config.train.steps)]
     return [(s.loss, s.grad_norm) for s in steps]
+
+
+def reference(
+    rank: int, world_size: int, store: Path, config: RunConfig, packed: bool = False
+) -> list[tuple[float, float]]:
+    """The plain loop, on a rank (``pytest`` itself must not compute gradients)."""
+    return plain_loop(config, ToyData(config, packed))
 
 
 def single(config: RunConfig) -> RunConfig:
