@@ -161,27 +161,31 @@ class LogHook(Hook):
     """Logs every ``log.every``-th step, and the last; stops a run whose loss is no number.
 
     Attributes:
-        writer: of rank 0, from the start of the run on; evaluations go there too.
+        writer: of rank 0, from the first step on; evaluations go there too.
     """
 
     def __init__(self) -> None:
         self.writer: MetricsWriter | None = None
+        self._sinks: tuple[Sink, ...] = ()
         self._work = 0.0
         self._peak: float | None = None
 
     def start(self, run: Run) -> None:
-        """Open the files; comes after whatever resumes."""
+        """Look at the device, and at what else shall be told."""
         config, device = run.config, run.state.meshes.device
         self._work = flops_per_token(config.model, config.train.seq_len)
         self._work /= run.state.meshes.world.size()
         cuda = device.type == "cuda"
         self._peak = peak_flops(torch.cuda.get_device_name(device)) if cuda else None
         if run.first:
-            config.save.folder.mkdir(parents=True, exist_ok=True)
-            self.writer = MetricsWriter(config.save.folder, run.state.step, sinks(config))
+            self._sinks = sinks(config)
 
     def step(self, run: Run, metrics: StepMetrics) -> None:
         """Log a step."""
+        if run.first and self.writer is None:  # now it is known where the run goes on
+            folder = run.config.save.folder
+            folder.mkdir(parents=True, exist_ok=True)
+            self.writer = MetricsWriter(folder, metrics.step - 1, self._sinks)
         due = metrics.step % run.config.log.every == 0 or metrics.step == run.config.train.steps
         if self.writer is not None and due:
             self.writer.write(self.complete(run, metrics))

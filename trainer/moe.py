@@ -68,15 +68,20 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
         """Apply expert n to the n-th run of ``x`` [tokens, hidden], of ``counts[n]`` tokens."""
-        gate, up, down = (local(w) for w in (self.gate_proj, self.up_proj, self.down_proj))
         ends = counts.cumsum(0).to(torch.int32)
-        inner = functional.silu(_grouped(x, gate, ends)) * _grouped(x, up, ends)
-        return _grouped(inner, down, ends)
+        return _grouped(self.inner(x, counts), local(self.down_proj), ends)
+
+    def inner(self, x: Tensor, counts: Tensor) -> Tensor:
+        """Return what the down projections get, [tokens, inner]."""
+        ends = counts.cumsum(0).to(torch.int32)
+        gate, up = local(self.gate_proj), local(self.up_proj)
+        return functional.silu(_grouped(x, gate, ends)) * _grouped(x, up, ends)
 
 
 def _grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """Multiply runs of ``x`` [tokens, in], which end at ``ends``, by ``weight`` [n, out, in]."""
-    if x.dtype in (torch.float32, torch.bfloat16):
+    aligned = all(size * x.itemsize % 16 == 0 for size in weight.shape[1:])
+    if x.dtype in (torch.float32, torch.bfloat16) and aligned:
         return functional.grouped_mm(x, weight.transpose(1, 2), offs=ends)
     sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
     parts = zip(torch.split(x, sizes), weight.unbind(), strict=True)
