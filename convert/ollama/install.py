@@ -8,6 +8,7 @@ prompts of a running server are compared with the model's own chat template.
 from __future__ import annotations
 
 import datetime
+import re
 import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -37,6 +38,8 @@ from .names import ModelName
 from .proof import CONVERSATIONS, jinja_prompt
 from .server import Server, ServerError
 from .store import Store, hash_file
+
+_STORED = re.compile(r"^FROM .*sha256[-:]([0-9a-f]{64})", re.M)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,17 +197,30 @@ def _into_server(
     server.create(create_request(made.modelfile, str(name), layer))
     checks = [f"server {version}", "weights sent" if sent else "weights were there already"]
     warnings = list(made.warnings)
-    _read_back(server, name, made.modelfile, checks, warnings)
+    _read_back(server, name, made.modelfile, digest, checks, warnings)
     if made.proof is not None and made.modelfile.template is not None:
         _prompts(server, name, facts, checks, warnings)
     return Installed(name, server.url, made, digest, layer.size, "", tuple(checks), tuple(warnings))
 
 
 def _read_back(
-    server: Server, name: ModelName, modelfile: Modelfile, checks: list[str], warnings: list[str]
+    server: Server,
+    name: ModelName,
+    modelfile: Modelfile,
+    digest: str,
+    checks: list[str],
+    warnings: list[str],
 ) -> None:
     """Compare what the server says of the model with what it was told."""
     said = server.show(str(name))
+    stored = _STORED.search(str(said.get("modelfile", "")))
+    if stored and f"sha256:{stored.group(1)}" == digest:
+        checks.append("weights read back")
+    elif stored:
+        checks.append(
+            f"the server stored weights of its own making (sha256:{stored.group(1)[:12]}): it "
+            "rewrites what it is sent; --store keeps the file as it is"
+        )
     for key in ("template", "system"):
         wanted = getattr(modelfile, key)
         if wanted is None:

@@ -87,7 +87,12 @@ class Handler(BaseHTTPRequestHandler):
             self._json(404, {"error": "model not found"})
             return
         template = "{{ .Prompt }}" if self.state.fault == "template" else model.get("template", "")
-        self._json(200, {"template": template, "system": model.get("system", "")})
+        digest = next(iter(model["files"].values()))
+        if self.state.fault == "rewrite":
+            digest = f"sha256:{'0' * 64}"
+        modelfile = f"# a comment\nFROM /models/blobs/{digest.replace(':', '-')}\n"
+        said = {"template": template, "system": model.get("system", ""), "modelfile": modelfile}
+        self._json(200, said)
 
     def _chat(self, body: dict) -> None:
         model = self.state.models[body["model"]]
