@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 
@@ -16,3 +17,11 @@ def ranks() -> Iterator[Ranks]:
     server = Ranks()
     yield server
     server.close()
+
+
+@pytest.fixture
+def check(ranks: Ranks) -> Callable[..., None]:
+    """Call it with a layout and a model: it must train as the plain loop does."""
+    from .toys import check
+
+    return partial(check, ranks)

@@ -136,6 +136,7 @@ def _wait(pids: list[int], timeout: float) -> str | None:
                 left.discard(pid)
                 if os.WIFSIGNALED(status) and error is None:
                     error = f"a rank died of {signal.Signals(os.WTERMSIG(status)).name}"
+                    deadline = min(deadline, time.monotonic() + 3)
                 elif status and error is None:
                     error = "a rank failed"
                     deadline = min(deadline, time.monotonic() + 3)

@@ -7,20 +7,16 @@ are accumulated over micro-batches.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
-import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 
-from .ranks import Ranks  # noqa: E402
-from .toys import reference, run_config, single, trained  # noqa: E402
+from .toys import FULL_TP, Check  # noqa: E402
 
 SCHEDULES = ("GPipe", "Interleaved1F1B", "LoopedBFS")
 SPLIT = ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
-FULL_TP = {"tp": 2, "sp": True, "loss_parallel": True}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "dp2 zero3": {},
     "dp2 zero2": {"zero": 2},
@@ -93,39 +89,6 @@ CASES = [
     ("zero1 dp4 ep2", "moe"),
     ("dp2 tp2 pp2", "tied"),
 ]
-
-Check = Any
-_FOUND: dict[Any, list[tuple[float, float]]] = {}
-
-
-def world_size(layout: dict[str, Any]) -> int:
-    degrees = [layout.get(n, 1) for n in ("dp_replicate", "tp", "cp", "pp")]
-    rest = 1 if np.prod(degrees) > 1 else 2
-    return int(np.prod(degrees)) * layout.get("dp_shard", rest)
-
-
-@pytest.fixture
-def check(ranks: Ranks) -> Check:
-    return partial(_check, ranks)
-
-
-def _check(
-    ranks: Ranks,
-    layout: dict[str, Any],
-    model: str,
-    packed: bool = False,
-    tolerance: float = 1e-12,
-    world: int = 0,
-    like: dict[str, Any] | None = None,
-    **train: Any,
-) -> None:
-    """Compare a layout with the plain loop (whose settings ``like`` changes)."""
-    plain = run_config(model, {**train, **(like or {})})
-    if (plain, packed) not in _FOUND:
-        _FOUND[plain, packed] = ranks(reference, 1, single(plain), packed)[0]
-    config = run_config(model, train, **layout)
-    for one in ranks(trained, world or world_size(layout), config, packed):
-        np.testing.assert_allclose(one, _FOUND[plain, packed], rtol=tolerance, atol=0)
 
 
 @pytest.mark.parametrize(("layout", "model"), CASES)

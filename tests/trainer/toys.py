@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from mconv.trainer.batch import IGNORE, Batch
 from mconv.trainer.config import RunConfig
@@ -23,6 +25,14 @@ from mconv.trainer.sections import (
     ScheduleConfig,
     TrainConfig,
 )
+
+from .ranks import Ranks
+
+FULL_TP = {"tp": 2, "sp": True, "loss_parallel": True}
+
+#: ``check`` with the session's ranks, a fixture.
+Check = Callable[..., None]
+_FOUND: dict[Any, list[tuple[float, float]]] = {}
 
 SIZES: dict[str, Any] = {
     "vocab_size": 61,  # divides by nothing
@@ -88,6 +98,9 @@ class ToyData:
     @property
     def samples(self) -> int:
         return 1 << 30
+
+    def fingerprint(self) -> str:
+        return "toy"
 
     def batch(self, step: int, batch: int, rank: int, world_size: int) -> Batch:
         model, seq = self.config.model, self.config.train.seq_len
@@ -171,3 +184,29 @@ def reference(
 def single(config: RunConfig) -> RunConfig:
     """The same run without any parallelism."""
     return replace(config, parallel=ParallelConfig())
+
+
+def world_size(layout: dict[str, Any]) -> int:
+    """How many ranks a layout needs; two for data parallelism alone."""
+    degrees = [layout.get(n, 1) for n in ("dp_replicate", "tp", "cp", "pp")]
+    rest = 1 if np.prod(degrees) > 1 else 2
+    return int(np.prod(degrees)) * layout.get("dp_shard", rest)
+
+
+def check(
+    ranks: Ranks,
+    layout: dict[str, Any],
+    model: str,
+    packed: bool = False,
+    tolerance: float = 1e-12,
+    world: int = 0,
+    like: dict[str, Any] | None = None,
+    **train: Any,
+) -> None:
+    """Compare a layout with the plain loop (whose settings ``like`` changes)."""
+    plain = run_config(model, {**train, **(like or {})})
+    if (plain, packed) not in _FOUND:
+        _FOUND[plain, packed] = ranks(reference, 1, single(plain), packed)[0]
+    config = run_config(model, train, **layout)
+    for one in ranks(trained, world or world_size(layout), config, packed):
+        np.testing.assert_allclose(one, _FOUND[plain, packed], rtol=tolerance, atol=0)
