@@ -115,4 +115,4 @@ def _groups_of(part: Mapping[str, Any]) -> list[object]:
         return []
     state = inner.get("state")
     step = state.get("common_step") if isinstance(state, dict) else None
-    return groups if step is None else [{"step": step, **g} for g in groups if isinstance(g, dict)]
+    return groups if step is None else [{**g, "step": step} for g in groups if isinstance(g, dict)]

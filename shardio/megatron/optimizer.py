@@ -138,14 +138,17 @@ def _inner(file: RankFile, part: object) -> Mapping[str, Any]:
 
 
 def _group(group: object, state: object) -> object:
-    """Settings of a group; torch's own Adam counts steps per parameter, all alike."""
+    """Settings of a group; torch's own Adam counts steps per parameter, all alike.
+
+    Its count is the true one: a group may carry that of an earlier load.
+    """
     if not isinstance(group, dict):
         return {}
     found = plain({k: v for k, v in group.items() if k != "params"})
     slots = state.values() if isinstance(state, dict) else ()
     steps = (slot["step"] for slot in slots if isinstance(slot, dict) and "step" in slot)
     step = plain(next(steps, None))
-    return found if step is None or "step" in found else {**found, "step": step}
+    return found if step is None else {**found, "step": step}
 
 
 def _shares(file: RankFile, params: list[Param], count: int) -> list[list[Param]]:

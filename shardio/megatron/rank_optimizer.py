@@ -85,8 +85,10 @@ class OptimizerPlan:
             for state, tensors in self.states.items()
         }
 
-    def group(self, kind: Kind) -> dict[str, Any]:
-        """Settings of a parameter group, without its parameters."""
+    def group(self, kind: Kind, *, counts: bool = True) -> dict[str, Any]:
+        """Settings of a parameter group, without its parameters; ``counts`` is whether it holds the
+        step, which torch's own Adam keeps elsewhere.
+        """
         expert, bare = kind
         groups = self.training.groups
         found = [g for g in groups if (not g.settings.get("weight_decay")) == bare] or groups
@@ -103,7 +105,7 @@ class OptimizerPlan:
             **settings,
             "wd_mult": 0.0 if bare else 1.0,
             "is_expert_parallel": expert,
-            "step": self.training.step,
+            **({"step": self.training.step} if counts else {}),
         }
 
 
@@ -177,7 +179,8 @@ def _plain(
     for kind in kinds:
         own = [s.param.name for s in slots if s.kind == kind]
         first = sum(len(g["params"]) for g in groups)
-        groups.append({**plan.group(kind), "params": list(range(first, first + len(own)))})
+        group = plan.group(kind, counts=plan.fused)
+        groups.append({**group, "params": list(range(first, first + len(own)))})
         mains.append([held[MASTER][name] for name in own])
         for number, name in enumerate(own, first):
             found = {s: t[name] for s, t in held.items() if s != MASTER and name in t}

@@ -190,7 +190,8 @@ def _optimizer(run: Run, dcp: DcpPlan, keys: dict[str, _Stacked]) -> Any:
 
 def _settings(run: Run, optimizer: OptimizerPlan, part: int) -> dict[str, Any]:
     """Settings of one chained optimizer; ranks add their parameters."""
-    groups = [optimizer.group(kind) for kind in optimizer.kinds[part]]
+    counts = run.distributed or optimizer.fused
+    groups = [optimizer.group(kind, counts=counts) for kind in optimizer.kinds[part]]
     if run.distributed:
         return {"optimizer": {"param_groups": groups}, "param_state_sharding_type": _SHARDING}
     step = np.array(optimizer.training.step, np.float32)

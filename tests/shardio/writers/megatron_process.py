@@ -61,6 +61,7 @@ def config_of(args: Namespace) -> TransformerConfig:
         moe_ffn_hidden_size=getattr(args, "moe_ffn_hidden_size", None),
         moe_router_topk=getattr(args, "moe_router_topk", None) or 2,
         moe_layer_freq=args.moe_layer_freq,
+        moe_router_load_balancing_type=getattr(args, "balancing", "aux_loss"),
         moe_token_dispatcher_type="allgather",
         tensor_model_parallel_size=args.tensor_model_parallel_size,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
@@ -259,6 +260,7 @@ def patch() -> None:
     # dropout asks for CUDA's random states even when it drops nothing
     CudaRNGStatesTracker.fork = lambda self, name="": contextlib.nullcontext()
     torch.cuda.current_device = lambda: torch.device("cpu")
+    torch.cuda.synchronize = lambda *_, **__: None
     torch.Tensor.cuda = lambda self, *_, **__: self
     names = {torch.float32: "torch.cuda.FloatTensor", torch.bfloat16: "torch.cuda.BFloat16Tensor"}
     torch.Tensor.type = lambda self, dtype=None: self.to(dtype) if dtype else names[self.dtype]

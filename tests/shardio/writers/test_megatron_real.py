@@ -55,6 +55,8 @@ RESUMED: dict[str, tuple[str, bool]] = {
     "distributed optimizer": ("megatron:tp=2,zero_stage=1", True),
     "torch_dist": ("megatron-dist:tp=2", True),
     "torch_dist, distributed optimizer": ("megatron-dist:tp=2,pp=2,zero_stage=1", True),
+    "more ranks than key/value heads": ("megatron:tp=4", True),
+    "more ranks than key/value heads, distributed": ("megatron:tp=4,zero_stage=1", True),
     "control": ("megatron:tp=2", False),
 }
 RATE, BEFORE, AFTER = 3e-3, 3, 4
