@@ -57,6 +57,10 @@ class DataSource(Protocol):
         """Number of rows of an epoch."""
         ...
 
+    def fingerprint(self) -> str:
+        """Return what changes when any batch does; empty if that is not known."""
+        ...
+
     def batch(self, step: int, batch: int, rank: int, world_size: int) -> Batch:
         """Return a rank's part of a step's batch.
 

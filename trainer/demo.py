@@ -248,8 +248,8 @@ class _Demo:
 
     def _prove(self, shards: Path) -> str:
         """Prove everything and return the sample."""
-        from .checkpoint import load_model
         from .mesh import one_thread
+        from .proof import load_model
         from .sample import greedy
 
         model = load_model(shards)

@@ -5,13 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import checkpoint
 from .batch import DataSource
 from .build import build_engine, build_state
 from .clip import scale, settle, total_norm
@@ -19,13 +17,14 @@ from .config import RunConfig
 from .data import open_data, prepare
 from .eval import EvalHook
 from .hooks import Hook, Run
+from .imatrix import ImatrixHook
 from .lora import LoraHook
 from .mesh import DP, Meshes
 from .metrics import LogHook, StepMetrics
 from .optim import set_rate
+from .resume import CheckpointHook
 from .schedule import rate
 from .state import TrainState
-from .tokenizer import load_tokenizer
 
 
 def train(config: RunConfig, meshes: Meshes) -> Run:
@@ -42,7 +41,7 @@ def train(config: RunConfig, meshes: Meshes) -> Run:
     data = open_data(config.data, train.seq_len, train.seed, config.model.vocab_size, folder)
     run = new_run(config, meshes, data)
     log = LogHook()
-    run_steps(run, [log, EvalHook(log), LoraHook(), Save()])
+    run_steps(run, [log, EvalHook(log), LoraHook(), ImatrixHook(), CheckpointHook()])
     return run
 
 
@@ -119,21 +118,3 @@ def _clip(state: TrainState, limit: float) -> Tensor:
     if limit or state.scale.value != 1:
         scale(grads, factor)
     return norm
-
-
-class Save(Hook):
-    """Saves at the end."""
-
-    def stop(self, run: Run) -> None:
-        config = run.config
-        tokenizer = load_tokenizer(config.data.tokenizer)
-        special = {"bos_token_id": tokenizer.bos_id(), "eos_token_id": tokenizer.eos_id()}
-        folder: Path = config.save.folder
-        checkpoint.save(
-            folder,
-            run.state.step,
-            run.state.parts[0],
-            run.state.optimizers[0],
-            config.data.tokenizer,
-            special,
-        )

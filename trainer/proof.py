@@ -7,6 +7,8 @@ read back, and llama.cpp (where installed) says the same as the torch model.
 
 from __future__ import annotations
 
+import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +19,15 @@ import numpy as np
 from ..convert.diff import diff
 from ..convert.llamacpp import generate
 from ..convert.verify import verify_gguf
-from ..errors import MconvError
+from ..errors import ConfigError, MconvError
 from ..shardio import open_checkpoint
+from .model_config import ModelConfig
 
 if TYPE_CHECKING:
     from .model import Decoder
 
 _TOLERANCE = 1e-3  # nats
+_HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +47,38 @@ def merged_equals_shards(merged: Path, shards: Path) -> Proof:
     return Proof("merged = shards (mconv diff)", report.equal, detail)
 
 
+def load_model(folder: Path) -> Decoder:
+    """Return the model of a checkpoint on one process, read by torch's own reader of its shards.
+
+    Raises:
+        ConfigError: no ``config.json``, or not of a model that the trainer has.
+    """
+    from torch.distributed.checkpoint import state_dict_loader
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+    from .model import Decoder
+
+    path = folder / "config.json"
+    try:
+        config = ModelConfig.from_hf(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from error
+    model = Decoder(config)
+    state = {k: v for k, v in model.state_dict().items() if k != _HEAD or not model.tied}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as intended
+        reader = HuggingFaceStorageReader(str(folder))
+        state_dict_loader.load(state, storage_reader=reader, no_dist=True)
+    model.tie()
+    return model.eval()
+
+
 def merged_equals_torch(merged: Path, model: Decoder) -> Proof:
     """Compare the merged model with what torch's own reader made of the shards."""
     weights = open_checkpoint(merged).weights
     state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
-        state.pop("lm_head.weight", None)
+        state.pop(_HEAD, None)
     equal = sum(
         name in weights and np.array_equal(weights[name].read(), values)
         for name, values in state.items()

@@ -235,7 +235,8 @@ class SaveConfig:
         keep_last: how many to keep; 0 for all.
         keep_every: steps whose multiples are kept for good; 0 for none.
         asynchronous: training goes on while a checkpoint is written.
-        formats: of each checkpoint.
+        formats: of each checkpoint: ``shards``, from which a run resumes, and beside them ``dcp``
+            (torch's distributed checkpoint) and ``hf`` (merged for Hugging Face).
         resume: ``auto`` continues from the newest checkpoint of the folder, if there is one,
             ``none`` starts anew, anything else is the path of a checkpoint.
     """
@@ -245,7 +246,7 @@ class SaveConfig:
     keep_last: int = 0
     keep_every: int = 0
     asynchronous: bool = False
-    formats: tuple[str, ...] = ("dcp",)
+    formats: tuple[str, ...] = ("shards",)
     resume: str = "auto"
 
 

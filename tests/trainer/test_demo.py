@@ -20,7 +20,7 @@ from mconv.convert.gguf import open_gguf  # noqa: E402
 from mconv.convert.llamacpp import have_llamacpp  # noqa: E402
 from mconv.convert.verify import verify_gguf  # noqa: E402
 from mconv.trainer import proof  # noqa: E402
-from mconv.trainer.checkpoint import load_model  # noqa: E402
+from mconv.trainer.proof import load_model  # noqa: E402
 
 STEPS = 5
 
@@ -50,7 +50,8 @@ def test_every_proof_holds(made: tuple[Path, dict[str, Any]]) -> None:
 def test_the_folder_is_usable(made: tuple[Path, dict[str, Any]]) -> None:
     folder, said = made
     shards = folder / "run" / f"step-{STEPS:08d}"
-    assert {"__0_0.distcp", "__1_0.distcp", ".metadata"} <= {p.name for p in shards.iterdir()}
+    names = {p.name for p in shards.iterdir()}
+    assert {f"shard-0000{r}-model-00001-of-00002.safetensors" for r in (1, 2)} <= names
     types = {}
     for name, size in said["files"].items():
         assert (folder / name).stat().st_size == size
