@@ -118,7 +118,10 @@ class _Scanner:
         return False
 
     def _command(self) -> Command:
-        line = self._line()
+        line, stray = self._line(), ""
+        if not printable(self.text[self.at]):  # one such character before an instruction is lost
+            stray = self.text[self.at]
+            self.at += 1
         word = self._word("the instruction", "")
         name = word.lower()
         if name not in INSTRUCTIONS:
@@ -138,9 +141,9 @@ class _Scanner:
         raw, dropped = self._value(line)
         value = unquote(raw)
         assert value is not None
-        return Command(
-            "model" if name == "from" else name, prefix + value, line, dropped, parameter, raw
-        )
+        if name == "from" and not parameter:
+            name = "model"
+        return Command(name, prefix + value, line, stray + dropped, parameter, raw)
 
     def _word(self, what: str, extra: str) -> str:
         """Read ASCII letters and ``extra`` up to a blank, which is consumed."""

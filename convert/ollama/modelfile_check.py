@@ -20,6 +20,7 @@ from .parameters import DEPRECATED
 
 _ONCE = ("template", "system", "adapter", "draft", "renderer", "parser", "requires")
 _LOCAL = re.compile(r"^(?:[.~/]|[A-Za-z]:\\)|\.(?:gguf|safetensors|bin)$|\\")
+_VERSION = re.compile(r"v?\d+(?:\.\d+){0,2}(?:-[0-9A-Za-z.-]+)?(?:\+[0-9A-Za-z.-]+)?")
 _ESCAPE = re.compile(r'\\[nrt"]')
 
 
@@ -59,7 +60,7 @@ def _each(commands: Sequence[Command]) -> Iterator[tuple[int, str]]:
                 f"U+{ord(c):04X} {unicodedata.name(c, '')}".strip()
                 for c in sorted(set(command.dropped))[:5]
             )
-            yield line, f"Ollama drops {len(command.dropped)} characters of this value: {shown}"
+            yield line, f"Ollama drops {len(command.dropped)} characters of this line: {shown}"
         if "\r" in command.value:
             yield line, "the value contains carriage returns; save the file with Unix line ends"
         if not raw.startswith('"') and re.search(r"\s#", raw):
@@ -82,6 +83,12 @@ def _each(commands: Sequence[Command]) -> Iterator[tuple[int, str]]:
             )
         elif name == "requires":
             yield line, "REQUIRES is refused by clients before 0.14"
+            if not _VERSION.fullmatch(command.value):
+                yield line, f"{command.value!r} is no version such as 0.14.0"
+        elif name == "draft":
+            yield line, "DRAFT is refused before 0.30"
+            if any(c.name == "model" and c.value == command.value for c in commands):
+                yield line, "DRAFT must be another model than FROM"
 
 
 def _repeated(commands: Sequence[Command]) -> Iterator[tuple[int, str]]:

@@ -206,6 +206,21 @@ def test_parameter_shares_its_name_with_instructions() -> None:
     assert (said.models, said.licenses) == (("x",), ("y",))
 
 
+def test_parameter_from_is_no_instruction() -> None:
+    with pytest.raises(FormatError, match="no FROM line"):
+        parse("PARAMETER from x")
+    with pytest.raises(FormatError, match="unknown parameter 'from'"):
+        interpret(parse("PARAMETER from x\nFROM y"))
+
+
+@pytest.mark.parametrize("stray", ["\u00a0", "\ufeff", "\x00", "\u200b"])
+def test_one_invisible_character_before_an_instruction_is_lost(stray: str) -> None:
+    command = parse(f"FROM x\n{stray}SYSTEM y")[1]
+    assert (command.name, command.value, command.dropped) == ("system", "y", stray)
+    with pytest.raises(FormatError, match=":2:"):
+        parse(f"FROM x\n{stray}{stray}SYSTEM y")
+
+
 def test_newer_instructions() -> None:
     said = interpret(parse("FROM x\nDRAFT d\nRENDERER r\nPARSER p\nREQUIRES v0.14.0"))
     assert (said.draft, said.renderer, said.parser, said.requires) == ("d", "r", "p", "v0.14.0")
@@ -300,6 +315,10 @@ def test_only_legal_parameters_are_emitted(parameters: dict) -> None:
         ('FROM model.gguf\nSYSTEM "x\r\ny"', ":2: .*carriage returns"),
         ("FROM model.gguf\nPARAMETER license x", ":2: PARAMETER license acts as LICENSE"),
         ("FROM model.gguf\nADAPTER model.gguf", ":2: releases from 0.34.1"),
+        ("FROM model.gguf\nREQUIRES soon", ":2: 'soon' is no version"),
+        ("FROM model.gguf\nDRAFT model.gguf", ":2: DRAFT must be another model"),
+        ("FROM model.gguf\n\u00a0SYSTEM x", r":2: Ollama drops 1 .*U\+00A0"),
+        ("FROM model.gguf\nADAPTER one.safetensors", ":2: ADAPTER takes a GGUF file or a folder"),
         ("FROM one.safetensors", ":1: FROM takes a GGUF file or a folder"),
         ("FROM .", ":1: FROM a folder"),
     ],

@@ -6,6 +6,7 @@ Every model made here is called ``mconv-test-...`` and removed again.
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import re
@@ -21,11 +22,16 @@ from mconv.convert.ollama.build import Wishes
 from mconv.convert.ollama.bundle import bundle, unbundle
 from mconv.convert.ollama.explain import explain
 from mconv.convert.ollama.facts import facts_of
+from mconv.convert.ollama.go_writer import go_template
+from mconv.convert.ollama.induce import induce
 from mconv.convert.ollama.install import Installed, install
+from mconv.convert.ollama.jinja_chat import TemplateRefusedError, compile_chat
 from mconv.convert.ollama.names import ModelName, parse_name
+from mconv.convert.ollama.proof import CONVERSATIONS, jinja_prompt
 from mconv.convert.ollama.server import Server, ServerError
-from mconv.convert.ollama.store import Store
+from mconv.convert.ollama.store import Store, hash_file
 from mconv.convert.ollama.verify import verify
+from mconv.convert.to_gguf import to_gguf
 
 sys.path.insert(0, str(Path(__file__).parent))
 import chats
@@ -171,3 +177,46 @@ def test_what_explain_foretells_comes_true(
     except ServerError as error:
         pytest.skip(f"this server cannot render: {error}")
     assert got == generation.prompt
+
+
+def test_real_templates_on_the_server(
+    server: Server, name: ModelName, data_dir: Path, tmp_path: Path
+) -> None:
+    """Ollama itself renders the emitted templates of all real models: every byte as Jinja does."""
+    folder, gguf = models.chat_model(tmp_path / "m", chats.CHATML), tmp_path / "m.gguf"
+    config = json.loads((folder / "config.json").read_text())
+    config["max_position_embeddings"] = 8192  # a server cuts prompts that are longer
+    (folder / "config.json").write_text(json.dumps(config))
+    to_gguf(folder, gguf)
+    digest = hash_file(gguf)
+    server.send_blob(gguf, digest)
+    compared, different = 0, []
+    for path in sorted((data_dir / "templates").glob("*.jinja")):
+        chat = compile_chat(path.read_text(encoding="utf-8"), {"eos_token": "</s>"})
+        try:
+            chat.render([("user", "x")])
+        except TemplateRefusedError:
+            continue
+        template = go_template(induce(chat))
+        server.create(
+            {
+                "model": str(name),
+                "files": {"m.gguf": digest},
+                "template": template,
+                "parameters": {"num_ctx": 8192},
+            }
+        )
+        for title, messages in CONVERSATIONS:
+            try:
+                expected = jinja_prompt(chat, messages, datetime.datetime.now())
+            except TemplateRefusedError:
+                continue
+            try:
+                got = server.render(str(name), messages)
+            except ServerError as error:
+                pytest.skip(f"this server cannot render: {error}")
+            compared += 1
+            if got != expected:
+                different.append((path.stem, title, expected, got))
+    assert compared > 500
+    assert not different, [d[:2] for d in different]
