@@ -79,6 +79,11 @@ def command(
     """
     from ..convert.quantize import quantize_gguf
 
+    if dry_run and asked["measure"]:
+        raise click.UsageError(
+            "--report measures errors while encoding, and --dry-run encodes nothing: "
+            "leave one of them out"
+        )
     started = time.monotonic()
     options = replace(
         Asked(**asked).options(),

@@ -70,7 +70,8 @@ def quantize(
         device: ``"cpu"``, or a torch device such as ``"cuda"``. The bytes are the same.
         best: search for less error than ggml leaves, in the same format and size: per block the
             better of ggml's encoding and of a search that minimizes the squared error (times
-            importance). Never worse than the default; not ggml's bytes.
+            importance). Never worse than the default; not ggml's bytes. Types that need importance
+            still do: equal weights would hide that the model is lost.
         errors: gets the squared errors of block types added.
         out: where to write, uint8 [..., rows, row bytes], C-contiguous; allocated if absent.
 
@@ -193,7 +194,8 @@ def _check_importance(
     if importance is None:
         if kind.needs_importance:
             raise QuantError(
-                f"{kind.name} needs an importance matrix: pass one, or choose a type that works "
+                f"{kind.name} needs an importance matrix, with best as well: so few bits work only "
+                "where they go to the columns that matter. Pass one, or choose a type that works "
                 "without (IQ3_S, Q2_K, Q3_K, ...)"
             )
         return None

@@ -1,7 +1,7 @@
 """Which kernel encodes which type, and how it is launched on torch tensors.
 
 ``encoding`` describes a launch without any device, so that tests can compile every kernel ahead of
-time. Floating-point contraction is off for all of them: see ``OPTIONS``.
+time. For all of them contraction is off, and denormals are not flushed in library code.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from ..types import TYPES, GgmlType
 from . import iq4, kquants, legacy, plain, q36, tiny
 
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": False, "enable_reflect_ftz": False}
 _LANES = 128  # sub-blocks per program: one for each thread
 
 

@@ -395,3 +395,9 @@ def test_command_reports_errors(tmp_path: Path, model: Path) -> None:
     (found,) = [t for t in json.loads(text)["outputs"][0]["tensors"] if t["name"] == name]
     assert found["relative_rmse"] < found["relative_rmse_default"]
     assert found["relative_rmse"] == pytest.approx(float(written), abs=1e-5)
+
+
+def test_errors_of_nothing_are_not_reported(tmp_path: Path, model: Path) -> None:
+    code, text = run(model, tmp_path / "a.gguf", "Q4_0", "--report", "--dry-run")
+    assert code == 2
+    assert "leave one of them out" in text

@@ -18,6 +18,12 @@ BLOCKED = [t.name for t in TYPES.values() if t.is_quantized and t.storable]
 native = pytest.mark.skipif(not have_native(), reason="no compiled kernels installed")
 
 
+@pytest.mark.parametrize("name", ["IQ1_S", "IQ2_XXS", "IQ2_XS"])
+def test_best_does_not_replace_importance(name):
+    with pytest.raises(codec.QuantError, match="with best as well"):
+        quantize(np.ones((1, 256), np.float32), name, best=True)
+
+
 @cache
 def every_input() -> np.ndarray:
     """All kinds of rows in one array [rows, 512]."""
