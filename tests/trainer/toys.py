@@ -43,6 +43,7 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 4,
 }
 MODELS: dict[str, dict[str, Any]] = {
+    "llama": {},
     "dense": {"model_type": "qwen2"},
     "tied": {"tie_word_embeddings": True},
     "gqa": {"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 6},
