@@ -66,7 +66,18 @@ _OPTIONS = (
         is_flag=True,
         help="Report the relative error of each quantized tensor; with --best, both ways.",
     ),
+    click.option(
+        "--set",
+        "settings",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Set metadata in the key's own type; KEY=TYPE:VALUE and KEY=@FILE too; repeatable.",
+    ),
     click.option("--max-shard-size", type=Size(), help="Split outputs into files of this size."),
+    click.option(
+        "--max-shard-tensors", type=click.IntRange(1), help="Split outputs by number of tensors."
+    ),
+    click.option("--big-endian", is_flag=True, help="Write for big-endian machines."),
 )
 
 
@@ -93,7 +104,10 @@ class Asked:
     override_kv: tuple[str, ...]
     best: bool
     measure: bool
+    settings: tuple[str, ...]
     max_shard_size: int | None
+    max_shard_tensors: int | None
+    big_endian: bool
 
     def options(self) -> QuantizeOptions:
         """Parse them. Raises QuantError for a bad pattern or type."""
@@ -116,7 +130,10 @@ class Asked:
             include_weights=self.include_weights,
             exclude_weights=self.exclude_weights,
             override_kv=self.override_kv,
+            settings=self.settings,
             max_shard_size=self.max_shard_size,
+            max_shard_tensors=self.max_shard_tensors,
+            big_endian=self.big_endian,
             best=self.best,
             measure=self.measure,
         )

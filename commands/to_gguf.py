@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import ConfigError, UnsupportedError
 from .options import (
     human,
     limits,
@@ -23,6 +24,7 @@ from .options import (
 from .recipe_options import Asked, error_json, recipe_options, show_errors
 
 if TYPE_CHECKING:
+    from ..convert.quantize import QuantizeOptions
     from ..convert.to_gguf import GgufReport
 
 
@@ -37,7 +39,25 @@ if TYPE_CHECKING:
     help="f32, f16, bf16, q8_0, auto, or any mix of `mconv quantize`; several with commas.",
 )
 @click.option("--name", help="Model name in the metadata (default: from its folder).")
+@click.option(
+    "--metadata",
+    type=click.Path(exists=True, dir_okay=False),
+    help="JSON file with general.* keys that win over the model card's.",
+)
 @click.option("--pre", help="Pre-tokenizer name, if its structure is not recognised.")
+@click.option("--vocab-only", is_flag=True, help="Write metadata and vocabulary, no tensors.")
+@click.option(
+    "--vocab-fix",
+    type=click.Choice(["pad", "trim"]),
+    help="Where tokenizer and embedding differ in size: pad the smaller, or trim the larger.",
+)
+@click.option("--lora", is_flag=True, help="SRC is a PEFT adapter: write a GGUF adapter (f32).")
+@click.option(
+    "--base",
+    type=click.Path(exists=True),
+    help="With --lora: config.json of the adapter's base model, or its folder.",
+)
+@click.option("--mmproj", is_flag=True, hidden=True)
 @recipe_options
 @model_options
 @source_options
@@ -48,7 +68,13 @@ def command(
     out: str,
     kind: str,
     name: str | None,
+    metadata: str | None,
     pre: str | None,
+    vocab_only: bool,
+    vocab_fix: str | None,
+    lora: bool,
+    base: str | None,
+    mmproj: bool,
     weights: str,
     vocab_size: int | None,
     tokenizer: str | None,
@@ -67,16 +93,34 @@ def command(
 ) -> None:
     """Convert the checkpoint SRC of any layout to the GGUF file OUT, in one pass.
 
+    In a folder OUT the file is named by GGUF's naming convention.
+
     \b
     mconv to-gguf runs/zero3 model.gguf --type q4_k_m
     mconv to-gguf runs/zero3 model-{type}.gguf --type bf16,q4_k_m,iq4_xs --imatrix imatrix.gguf
     mconv to-gguf megatron/iter_0001000 model.gguf --tokenizer tok/ --vocab-size 32000
+    mconv to-gguf runs/zero3 gguf/ --set general.license=mit --max-shard-size 4GB
+    mconv to-gguf adapter/ adapter.gguf --lora --base model/
     """
     from ..convert.to_gguf import to_gguf
     from ..shardio import open_checkpoint
 
     started = time.monotonic()
-    ckpt = open_checkpoint(src, format=source_format, config=config, adapter=adapter)
+    if mmproj:
+        raise UnsupportedError(
+            "multimodal projectors (mmproj) are out of scope: mconv converts text models; "
+            "llama.cpp's convert_hf_to_gguf.py --mmproj makes one from the same folder"
+        )
+    recipe = Asked(**asked).options()
+    if lora:
+        given = click.get_current_context().get_parameter_source("kind")
+        chosen = kind if given == click.core.ParameterSource.COMMANDLINE else "f32"
+        made = _lora(src, out, chosen, base, name, metadata, recipe, force, dry_run)
+        _show((made,), time.monotonic() - started, dry_run, as_json, quiet)
+        return
+    ckpt: Any = src
+    if not vocab_only:
+        ckpt = open_checkpoint(src, format=source_format, config=config, adapter=adapter)
     with progress_bar(f"to-gguf {Path(out).name}", shown=not (quiet or as_json)) as progress:
         report = to_gguf(
             ckpt,
@@ -87,7 +131,11 @@ def command(
             weights=weights,
             vocab_size=vocab_size,
             tokenizer=tokenizer,
-            quantization=Asked(**asked).options(),
+            config=config if vocab_only else None,
+            quantization=recipe,
+            metadata=metadata,
+            vocab_only=vocab_only,
+            vocab_fix=vocab_fix,
             verify=verify,
             force=force,
             resume=resume,
@@ -96,6 +144,38 @@ def command(
             progress=progress,
         )
     _show((report, *report.more), time.monotonic() - started, dry_run, as_json, quiet)
+
+
+def _lora(
+    src: str,
+    out: str,
+    kind: str,
+    base: str | None,
+    name: str | None,
+    metadata: str | None,
+    options: QuantizeOptions,
+    force: bool,
+    dry_run: bool,
+) -> GgufReport:
+    """Convert an adapter."""
+    from ..convert.lora_gguf import lora_to_gguf
+
+    if base is None:
+        raise ConfigError(
+            "--lora needs the config.json of the adapter's base model: --base FILE or FOLDER"
+        )
+    return lora_to_gguf(
+        src,
+        out,
+        kind,
+        base=base,
+        name=name,
+        metadata=metadata,
+        settings=options.settings,
+        big_endian=options.big_endian,
+        force=force,
+        dry_run=dry_run,
+    )
 
 
 def _show(

@@ -20,6 +20,9 @@ def general_entries(
     folder: Path,
     shapes: Iterable[tuple[str, tuple[int, ...]]],
     name: str | None = None,
+    override: Path | None = None,
+    *,
+    adapter: bool = False,
 ) -> list[KeyValue]:
     """Return ``general.architecture``, ``general.type``, names, size label and the model card.
 
@@ -28,16 +31,19 @@ def general_entries(
         folder: the model's folder: its name, ``README.md`` and ``generation_config.json`` count.
         shapes: (GGUF name, row-major shape) of all tensors, for the parameter count.
         name: the model's name, instead of the one found.
+        adapter: the shapes are those of the weights that an adapter changes.
+        override: JSON file with ``general.*`` keys that win over what is found.
 
     Raises:
-        ConfigError: the model card cannot be parsed.
+        ConfigError: the model card or the JSON file cannot be parsed.
     """
     import gguf
     import yaml  # type: ignore[import-untyped]  # no stubs, used for one exception
 
     total, shared, experts, count = _parameters(shapes)
     try:
-        metadata = gguf.Metadata.load(None, folder, name, total)
+        known = -total if adapter else total  # a negative number is a rough one
+        metadata = gguf.Metadata.load(_checked(override), folder, name, known)
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(
             f"{folder / 'README.md'}: the model card's header cannot be read ({error}); correct "
@@ -45,15 +51,40 @@ def general_entries(
         ) from error
     if metadata.name is None:
         metadata.name = folder.name or architecture
-    if metadata.size_label is None and total > 0:
+    if metadata.size_label is None and total > 0 and not adapter:
         metadata.size_label = gguf.size_label(total, shared, experts, count)
     if metadata.sampling_penalty_repeat is None:
         metadata.sampling_penalty_repeat = _repetition_penalty(folder)
     # a writer without a file only collects the entries
     writer = gguf.GGUFWriter(path=None, arch=architecture)
-    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_type(gguf.GGUFType.ADAPTER if adapter else gguf.GGUFType.MODEL)
+    if adapter:
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     metadata.set_gguf_meta_model(writer)
     return [_entry(key, value) for key, value in writer.kv_data[0].items()]
+
+
+def _checked(override: Path | None) -> Path | None:
+    """Refuse what the gguf package would overlook: a missing file, another thing than an object."""
+    if override is not None and not isinstance(load_json(override), dict):
+        raise ConfigError(f"{override}: expected a JSON object of general.* keys")
+    return override
+
+
+def naming(entries: Iterable[KeyValue], kind: str, suffix: str | None = None) -> str:
+    """Return the file name that GGUF's naming convention gives a model, without ``.gguf``.
+
+    Args:
+        entries: its metadata.
+        kind: its type, such as ``Q4_K_M``; empty: of a vocabulary alone.
+        suffix: ``LoRA`` or ``vocab``.
+    """
+    import gguf
+
+    values = {e.key: e.value for e in entries}
+    general = [values.get(f"general.{k}") for k in ("name", "basename", "finetune", "version")]
+    label = values.get("general.size_label") if kind else None
+    return gguf.naming_convention(*general, label, kind or None, suffix)  # type: ignore[arg-type]
 
 
 def _repetition_penalty(folder: Path) -> float | None:

@@ -21,6 +21,7 @@ from ..shardio.stream import Limits, OutFile, Progress
 from .gguf import GgufFile, KeyValue, open_gguf
 from .gguf.edit import Pruning, model_facts, parse_override, set_entry, without
 from .gguf.files import SPLIT_KEYS, OutTensor, cut_by_size, plan_files
+from .gguf.settings import apply_settings
 from .gguf.tensors import GgufTensors
 from .gguf.values import string, u32
 from .imatrix import ImportanceMatrix, read_imatrix
@@ -51,7 +52,10 @@ class QuantizeOptions:
         override_kv: metadata as ``KEY=TYPE:VALUE``.
         prune_layers: layers to leave out.
         max_shard_size: bytes of tensor data per output file.
+        max_shard_tensors: tensors per output file.
         keep_split: cut the output like the (split) source.
+        settings: metadata as ``KEY=VALUE`` (see ``gguf.settings``).
+        big_endian: write for big-endian machines.
         best: search for less error in the same types; the bytes are not llama-quantize's.
         measure: report the errors of quantized tensors.
     """
@@ -64,7 +68,10 @@ class QuantizeOptions:
     override_kv: tuple[str, ...] = ()
     prune_layers: tuple[int, ...] = ()
     max_shard_size: int | None = None
+    max_shard_tensors: int | None = None
     keep_split: bool = False
+    settings: tuple[str, ...] = ()
+    big_endian: bool = False
     best: bool = False
     measure: bool = False
 
@@ -230,8 +237,9 @@ class _Run:
     ) -> _Run:
         """Open the source and plan all outputs."""
         wanted = _unique([parse_target(t) for t in targets])
-        if options.keep_split and options.max_shard_size is not None:
-            raise ConfigError("--keep-split and --max-shard-size exclude each other")
+        limits = (options.max_shard_size, options.max_shard_tensors)
+        if options.keep_split and limits != (None, None):
+            raise ConfigError("--keep-split and --max-shard-size or -tensors exclude each other")
         stem = src.name.removesuffix(".gguf")
         folder, names = output_names(stem, out, [target.name for target in wanted])
         file = open_gguf(src)
@@ -261,12 +269,16 @@ class _Run:
             quantized_metadata(self.entries, plan.target, self.options.override_kv, self.matrix),
             self.architecture,
         )
-        alignment = self.file.alignment
-        if self.options.keep_split:
+        metadata = apply_settings(metadata, self.options.settings)
+        options, alignment = self.options, self.file.alignment
+        if options.keep_split:
             shards = self._like_source(plan.out)
         else:
-            shards = cut_by_size(plan.out, self.options.max_shard_size, alignment)
-        return plan_files(name, metadata, shards, alignment=alignment)
+            limit, count = options.max_shard_size, options.max_shard_tensors
+            shards = cut_by_size(plan.out, limit, alignment, count)
+        return plan_files(
+            name, metadata, shards, alignment=alignment, big_endian=options.big_endian
+        )
 
     def _like_source(self, tensors: Sequence[OutTensor]) -> list[list[OutTensor]]:
         """Cut like the source files: the same tensors in each, in the source's order."""

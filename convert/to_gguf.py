@@ -14,13 +14,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, MconvError, OutputError
+from ..errors import ConfigError, MconvError
 from ..shardio import Checkpoint, from_array
+from ..shardio.assets import find_assets
 from ..shardio.dequant import dequantized
 from ..shardio.payload import BytesPayload
 from ..shardio.staging import fingerprint, write_loose
 from ..shardio.stream import Limits, OutFile, Progress
 from .architectures import (
+    POOLING,
     Architecture,
     MappedTensor,
     complete_config,
@@ -28,10 +30,11 @@ from .architectures import (
     map_tensors,
     model_entries,
 )
-from .general import general_entries
+from .general import general_entries, naming
 from .gguf import KeyValue
 from .gguf.edit import model_facts, parse_override, set_entry
 from .gguf.files import cut_by_size, plan_files
+from .gguf.settings import apply_settings
 from .gguf.values import u32
 from .gguf_plan import (
     FILE_TYPES,
@@ -43,11 +46,13 @@ from .gguf_plan import (
     plan_outputs,
 )
 from .imatrix import ImportanceMatrix
+from .pooling import sentence_pooling
 from .prepare import prepare
 from .quant_plan import Care
 from .quantize import QuantizeOptions, chosen_matrix, output_names, quantized_metadata
 from .reshard import opened
-from .tokenizers import find_tokenizer, load_vocabulary, vocabulary_entries
+from .tokenizers import Vocabulary, find_tokenizer, load_vocabulary, vocabulary_entries
+from .vocab_fix import fix_sizes, trimmed, whole_vocabulary
 
 _QUANTIZATION_VERSION = 2
 
@@ -91,6 +96,9 @@ def to_gguf(
     weights: str = "model",
     vocab_size: int | None = None,
     quantization: QuantizeOptions | None = None,
+    metadata: str | Path | None = None,
+    vocab_only: bool = False,
+    vocab_fix: str | None = None,
     verify: bool = True,
     force: bool = False,
     resume: bool = False,
@@ -102,7 +110,8 @@ def to_gguf(
 
     Args:
         src: an opened checkpoint or its path, of any format and layout.
-        out: the file to write; for several types see ``mconv.convert.quantize.output_names``.
+        out: the file to write; for several types see ``mconv.convert.quantize.output_names``. In a
+            folder the file is named by GGUF's naming convention.
         type: ``f32``, ``f16``, ``bf16``, ``q8_0``, ``auto`` (the weights' own 16-bit type), a mix
             such as ``q4_k_m``, or several of these with commas, all made in one pass.
         tokenizer: folder with the tokenizer; by default the checkpoint's own.
@@ -112,6 +121,10 @@ def to_gguf(
         weights: ``model`` or ``master`` (the optimizer's fp32 copies).
         vocab_size: true vocabulary size where the checkpoint's embedding is padded.
         quantization: changes to the mixes, importance matrix, metadata overrides, shard size.
+        metadata: JSON file with ``general.*`` keys that win over the model card's.
+        vocab_only: write metadata and vocabulary, no tensors; ``src`` may be a folder without
+            weights.
+        vocab_fix: ``pad`` or ``trim``, where tokenizer and embedding differ in size.
         verify: compare replicas and sample master copies before writing.
         force: replace an existing file.
         resume: continue an interrupted run.
@@ -127,10 +140,17 @@ def to_gguf(
     """
     folder = Path(tokenizer) if tokenizer is not None else None
     options = quantization or QuantizeOptions()
-    _check(Path(out), type, options)
-    ckpt = open_source(src, config)
-    ready = prepare(ckpt, weights=weights, vocab_size=vocab_size, tokenizer=folder, verify=verify)
-    reports, files = _plan(ready, Path(out), type, folder, name, pre, options)
+    _check(options)
+    general = _General(name, Path(metadata) if metadata is not None else None)
+    if vocab_only:
+        ckpt = ready = _without_weights(src, config)
+    else:
+        ckpt = open_source(src, config)
+        ready = prepare(
+            ckpt, weights=weights, vocab_size=vocab_size, tokenizer=folder, verify=verify
+        )
+    words = _Words(folder, pre, vocab_only, vocab_fix)
+    reports, files = _plan(ready, Path(out), type, words, general, options)
     if not dry_run:
         plan = _fingerprint(files, ckpt, [weights], options)
         target = reports[0].target
@@ -161,42 +181,83 @@ def _plan(
     ckpt: Checkpoint,
     out: Path,
     type: str,
-    tokenizer: Path | None,
-    name: str | None,
-    pre: str | None,
+    words: _Words,
+    general: _General,
     options: QuantizeOptions,
 ) -> tuple[list[GgufReport], list[OutFile]]:
     """Decide everything about the files; ``ckpt`` has Hugging Face names."""
     architecture = find_architecture(ckpt.config)
+    ckpt, vocabulary = words.of(ckpt, architecture)
     assert ckpt.config is not None
     config = complete_config(ckpt.config, architecture, ckpt.weights)
-    mapped = _tensors(architecture, config, ckpt)
+    config[POOLING] = sentence_pooling(model_folder(ckpt))
+    mapped = [] if words.only else _tensors(architecture, config, ckpt)
     types = parse_types(type, mapped)
-    vocabulary = load_vocabulary(
-        find_tokenizer(tokenizer, ckpt.assets),
-        architecture.tokenizer,
-        ckpt.config,
-        vocab_size=config["vocab_size"],
-        pre=pre,
-    )
-    words = architecture.adjust_entries(
+    entries = architecture.adjust_entries(
         vocabulary_entries(architecture.adjust_vocabulary(vocabulary, config))
     )
-    model = _Model(ckpt, architecture, config, mapped, words, name)
+    model = _Model(ckpt, architecture, config, mapped, entries, general)
     matrix = chosen_matrix(options)
     facts = model_facts(model.entries(0))
     care = Care(options.best, options.measure)
     outputs = plan_outputs(mapped, types, facts, options.recipe, matrix, care)
-    folder, names = out.parent, [out.name]
-    if len(types) > 1 or "{type}" in out.name:
-        folder, names = output_names(model.folder.name, out, [one.type for one in outputs])
+    every = [model.metadata(one, options, matrix) for one in outputs]
+    folder, names = _names(out, outputs, every, vocab_only=words.only)
     reports, files = [], []
-    for one, file_name in zip(outputs, names, strict=True):
-        metadata = model.metadata(one, options, matrix)
-        made = plan_files(file_name, metadata, cut_by_size(one.out, options.max_shard_size))
+    for one, file_name, metadata in zip(outputs, names, every, strict=True):
+        shards = cut_by_size(one.out, options.max_shard_size, count=options.max_shard_tensors)
+        made = plan_files(file_name, metadata, shards, big_endian=options.big_endian)
         files += made
         reports.append(model.report(one, folder / file_name, metadata, made))
     return reports, files
+
+
+def _names(
+    out: Path, outputs: Sequence[Output], every: Sequence[list[KeyValue]], *, vocab_only: bool
+) -> tuple[Path, list[str]]:
+    """Return the folder and one file name per output."""
+    if out.is_dir():
+        suffix = "vocab" if vocab_only else None
+        kinds = ["" if vocab_only else one.type for one in outputs]
+        return out, [
+            f"{naming(metadata, kind, suffix)}.gguf"
+            for kind, metadata in zip(kinds, every, strict=True)
+        ]
+    if len(outputs) > 1 or "{type}" in out.name:
+        return output_names("", out, [one.type for one in outputs])
+    return out.parent, [out.name]
+
+
+@dataclass(frozen=True, slots=True)
+class _General:
+    """What the user says of ``general.*``: the model's name, and a JSON file of keys."""
+
+    name: str | None
+    override: Path | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Words:
+    """Where the vocabulary comes from, and what becomes of it."""
+
+    tokenizer: Path | None
+    pre: str | None
+    only: bool
+    fix: str | None
+
+    def of(self, ckpt: Checkpoint, architecture: Architecture) -> tuple[Checkpoint, Vocabulary]:
+        """Return the vocabulary, and the checkpoint with an embedding of its size."""
+        files = find_tokenizer(self.tokenizer, ckpt.assets)
+        if self.fix is not None and not self.only:
+            tokens = whole_vocabulary(files, architecture, ckpt.config, self.pre)
+            ckpt = fix_sizes(ckpt, architecture, tokens, self.fix)
+        assert ckpt.config is not None
+        size = complete_config(ckpt.config, architecture, ckpt.weights)["vocab_size"]
+        if self.fix is not None and not self.only and len(tokens.tokens) > size:
+            return ckpt, trimmed(tokens, size)
+        return ckpt, load_vocabulary(
+            files, architecture.tokenizer, ckpt.config, vocab_size=size, pre=self.pre
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +269,7 @@ class _Model:
     config: dict[str, Any]
     mapped: list[MappedTensor]
     vocabulary: list[KeyValue]
-    name: str | None
+    general: _General
 
     @property
     def folder(self) -> Path:
@@ -225,15 +286,19 @@ class _Model:
             file_type = MXFP4_FILE_TYPE
         entries = self.entries(file_type)
         if target is not None:
-            return quantized_metadata(entries, target, options.override_kv, matrix)
-        for text in options.override_kv:
-            entries = set_entry(entries, parse_override(text))
-        return entries
+            entries = quantized_metadata(entries, target, options.override_kv, matrix)
+        else:
+            for text in options.override_kv:
+                entries = set_entry(entries, parse_override(text))
+        return apply_settings(entries, options.settings)
 
     def entries(self, file_type: int) -> list[KeyValue]:
         """The converter's entries."""
         shapes = [(m.name, m.tensor.shape) for m in self.mapped]
-        general = general_entries(self.architecture.name, self.folder, shapes, self.name)
+        asked = self.general
+        general = general_entries(
+            self.architecture.name, self.folder, shapes, asked.name, asked.override
+        )
         entries = [
             general[0],
             *self.architecture.first_keys(self.config),
@@ -260,11 +325,19 @@ class _Model:
         )
 
 
-def _check(out: Path, type: str, options: QuantizeOptions) -> None:
+def _without_weights(src: Checkpoint | str | Path, config: str | Path | None) -> Checkpoint:
+    """Return the small files of a model folder as a checkpoint without tensors."""
+    if isinstance(src, Checkpoint):
+        return src
+    folder = Path(src) if Path(src).is_dir() else Path(src).parent
+    assets = find_assets([folder])
+    empty = Checkpoint(path=Path(src), format="folder", weights={}, assets=assets)
+    return opened(empty, config if config is not None else folder)
+
+
+def _check(options: QuantizeOptions) -> None:
     if options.prune_layers or options.keep_split:
         raise ConfigError("layers are pruned, and splits kept, by `mconv quantize` on a GGUF file")
-    if out.is_dir() and "," not in type:
-        raise OutputError(f"{out}: is a folder; name the file, such as {out / 'model.gguf'}")
 
 
 def _fingerprint(

@@ -48,8 +48,8 @@ Tensors = Mapping[str, LazyTensor]
 
 
 @dataclass(frozen=True, slots=True)
-class _Adapter:
-    """Settings and tensors.
+class Adapter:
+    """Settings and tensors of an adapter folder.
 
     Attributes:
         settings: ``adapter_config.json``.
@@ -82,7 +82,7 @@ def merge_adapter(base: Checkpoint, folder: Path) -> Checkpoint:
             f"{base.path}: an adapter can be merged onto Hugging Face names only, these are "
             f"{base.naming}; bring the base into them first: mconv reshard {base.path} BASE"
         )
-    adapter = _read(folder if folder.is_dir() else folder.parent)
+    adapter = read_adapter(folder if folder.is_dir() else folder.parent)
     weights = dict(base.weights)
     for name, tensor in adapter.whole.items():
         target = _target(adapter, base, name)
@@ -95,7 +95,7 @@ def merge_adapter(base: Checkpoint, folder: Path) -> Checkpoint:
     changed = [_target(adapter, base, n) for n in adapter.whole]
     for module, parts in adapter.modules.items():
         target = _target(adapter, base, f"{module}.weight")
-        scale = _scale(adapter, module, parts)
+        scale = adapter_scale(adapter, module, parts)
         weights[target] = _merged(adapter, module, weights[target], parts, scale)
         changed.append(target)
         if "lora_B.bias" in parts:
@@ -121,7 +121,12 @@ def merge_adapter(base: Checkpoint, folder: Path) -> Checkpoint:
 # -- reading --------------------------------------------------------------------------------------
 
 
-def _read(folder: Path) -> _Adapter:
+def read_adapter(folder: Path) -> Adapter:
+    """Read an adapter folder; no tensor data yet.
+
+    Raises:
+        FormatError, ConfigError, UnsupportedError: as ``merge_adapter``.
+    """
     path = folder / CONFIG
     settings = load_json(path)
     if not isinstance(settings, dict):
@@ -144,7 +149,7 @@ def _read(folder: Path) -> _Adapter:
             whole[_SAVED.sub("", name)] = tensor
     if not modules and not whole:
         raise FormatError(f"{file}: holds no tensors")
-    return _Adapter(folder, settings, modules, whole)
+    return Adapter(folder, settings, modules, whole)
 
 
 def _refuse(path: Path, settings: Mapping[str, Any]) -> None:
@@ -182,7 +187,7 @@ def _tensors(file: Path) -> dict[str, LazyTensor]:
 # -- merging --------------------------------------------------------------------------------------
 
 
-def _target(adapter: _Adapter, base: Checkpoint, name: str) -> str:
+def _target(adapter: Adapter, base: Checkpoint, name: str) -> str:
     """Return the base's name of a tensor; models are saved with or without ``model.``."""
     for known in (name, f"model.{name}", name.removeprefix("model.")):
         if known in base.weights:
@@ -204,8 +209,12 @@ def _target(adapter: _Adapter, base: Checkpoint, name: str) -> str:
     )
 
 
-def _scale(adapter: _Adapter, module: str, parts: Mapping[str, LazyTensor]) -> float:
-    """Return alpha / r, or alpha / sqrt(r) with rsLoRA."""
+def adapter_scale(adapter: Adapter, module: str, parts: Mapping[str, LazyTensor]) -> float:
+    """Return the factor of a module's update: alpha / r, or alpha / sqrt(r) with rsLoRA.
+
+    Raises:
+        FormatError, ConfigError: settings that do not fit the tensors.
+    """
     settings = adapter.settings
     first = parts.get("lora_A", parts.get("lora_embedding_A"))
     if first is None or first.ndim != 2:
@@ -234,7 +243,7 @@ def _by_pattern(patterns: object, module: str, default: Any) -> Any:
 
 
 def _merged(
-    adapter: _Adapter,
+    adapter: Adapter,
     module: str,
     weight: LazyTensor,
     parts: Mapping[str, LazyTensor],

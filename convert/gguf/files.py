@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ...quant.types import type_by_id
 from ...shardio.payload import BytesPayload, Payload
 from ...shardio.stream import OutFile
+from .endian import swapped
 from .values import KeyValue, ValueType
 from .writer import DEFAULT_ALIGNMENT, TensorSpec, build_header, padded
 
@@ -32,6 +34,7 @@ def plan_files(
     shards: Sequence[Sequence[OutTensor]],
     *,
     alignment: int = DEFAULT_ALIGNMENT,
+    big_endian: bool = False,
 ) -> list[OutFile]:
     """Return the files to be written.
 
@@ -40,12 +43,14 @@ def plan_files(
         metadata: of the model, without split keys.
         shards: tensors per file, in order.
         alignment: of tensor data.
+        big_endian: for machines of that kind.
 
     Raises:
         FormatError: metadata or a tensor that GGUF cannot hold.
+        UnsupportedError: a type that big-endian files cannot hold.
     """
     if len(shards) == 1:
-        return [_plan_file(name, metadata, shards[0], alignment)]
+        return [_plan_file(name, metadata, shards[0], alignment, big_endian)]
     total = sum(len(shard) for shard in shards)
     files = []
     for number, shard in enumerate(shards):
@@ -55,7 +60,8 @@ def plan_files(
             KeyValue("split.tensors.count", ValueType.I32, total),
         ]
         entries = [*(metadata if number == 0 else ()), *split]
-        files.append(_plan_file(shard_name(name, number, len(shards)), entries, shard, alignment))
+        part = shard_name(name, number, len(shards))
+        files.append(_plan_file(part, entries, shard, alignment, big_endian))
     return files
 
 
@@ -66,17 +72,22 @@ def shard_name(name: str, number: int, count: int) -> str:
 
 
 def cut_by_size(
-    tensors: Sequence[OutTensor], limit: int | None, alignment: int = DEFAULT_ALIGNMENT
+    tensors: Sequence[OutTensor],
+    limit: int | None,
+    alignment: int = DEFAULT_ALIGNMENT,
+    count: int | None = None,
 ) -> list[list[OutTensor]]:
-    """Cut a list of tensors into shards of at most ``limit`` data bytes (None: one shard).
+    """Cut a list of tensors into shards of at most ``limit`` data bytes and ``count`` tensors.
 
-    A tensor is never cut, so one that is larger than the limit gets a shard of its own.
+    None means no limit. A tensor is never cut, so one that is larger than the limit gets a shard of
+    its own.
     """
     shards: list[list[OutTensor]] = [[]]
     size = 0
     for one in tensors:
         need = padded(one.spec.nbytes, alignment)
-        if limit is not None and shards[-1] and size + need > limit:
+        full = (limit is not None and size + need > limit) or len(shards[-1]) == count
+        if shards[-1] and full:
             shards.append([])
             size = 0
         shards[-1].append(one)
@@ -85,9 +96,16 @@ def cut_by_size(
 
 
 def _plan_file(
-    name: str, metadata: Sequence[KeyValue], tensors: Sequence[OutTensor], alignment: int
+    name: str,
+    metadata: Sequence[KeyValue],
+    tensors: Sequence[OutTensor],
+    alignment: int,
+    big_endian: bool,
 ) -> OutFile:
-    header = build_header(metadata, [t.spec for t in tensors], alignment=alignment)
+    specs, payloads = [t.spec for t in tensors], [t.payload for t in tensors]
+    if big_endian:
+        payloads = [swapped(t.payload, type_by_id(t.spec.type_id), t.spec.name) for t in tensors]
+    header = build_header(metadata, specs, alignment=alignment, big_endian=big_endian)
     parts: list[tuple[int, Payload]] = [(0, BytesPayload(header.data))]
-    parts += zip(header.offsets, (t.payload for t in tensors), strict=True)
+    parts += zip(header.offsets, payloads, strict=True)
     return OutFile(name, header.file_size, tuple(parts))

@@ -239,7 +239,6 @@ def test_vocabulary_and_embedding_disagree(models: dict[str, Path], tmp_path: Pa
 def test_other_refusals(models: dict[str, Path], tmp_path: Path) -> None:
     folder, out = copy(models["llama"], tmp_path / "m"), tmp_path / "x.gguf"
     refused(folder, out, ConfigError, "did you mean 'q8_0'", type="q8")
-    refused(folder, tmp_path, OutputError, "is a folder")
     change(folder, architectures=["LlamaForCausalLMs"])
     refused(folder, out, UnsupportedError, "did you mean 'LlamaForCausalLM'")
     change(folder, architectures=None, model_type="lama")
