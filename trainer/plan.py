@@ -158,22 +158,27 @@ def _stages(sizes: ModelSizes, machines: Machines) -> Iterator[list[TrainPlan]]:
     """Yield layouts in order of preference; within a stage recomputation is tried first."""
     gpus, node, nodes = machines.gpus, machines.per_node, machines.nodes
     if gpus > 1:
-        copies = {"dp_replicate": 1, "dp_shard": gpus}
+        copies = TrainPlan(name="DDP", why="a copy fits each GPU", zero=0, dp_shard=gpus)
         yield [
-            TrainPlan(name="DDP", why="a copy fits each GPU", zero=0, **copies),
-            TrainPlan(name="ZeRO-1", why="a copy fits without optimizer states", zero=1, **copies),
+            copies,
+            replace(copies, name="ZeRO-1", why="a copy fits without optimizer states", zero=1),
         ]
         inner = gpus if machines.fast else node
-        shared = {
-            "dp_replicate": gpus // inner,
-            "dp_shard": inner,
-            "ep": _experts(sizes, inner, node),
-        }
-        place = "" if inner == gpus else " within nodes, copies between them (HSDP)"
         if inner > 1:
+            place = "" if inner == gpus else " within nodes, copies between them (HSDP)"
+            shared = TrainPlan(
+                name=f"ZeRO-2{place}",
+                why="weights fit in 16 bits",
+                dp_replicate=gpus // inner,
+                dp_shard=inner,
+                zero=2,
+                ep=_experts(sizes, inner, node),
+            )
             yield [
-                TrainPlan(name=f"ZeRO-2{place}", why="weights fit in 16 bits", zero=2, **shared),
-                TrainPlan(name=f"ZeRO-3{place}", why="a layer fits, the model does not", **shared),
+                shared,
+                replace(
+                    shared, name=f"ZeRO-3{place}", why="a layer fits, the model does not", zero=3
+                ),
             ]
     else:
         yield [TrainPlan(name="one GPU", why="everything fits", zero=0)]
