@@ -96,11 +96,12 @@ class Chunk:
 class Chunked(LazyTensor):
     """A tensor made of file pieces only."""
 
-    __slots__ = ("_bounds", "chunks")
+    __slots__ = ("_bounds", "chunks", "proven")
 
     def __init__(self, shape: Sequence[int], dtype: np.dtype, chunks: Sequence[Chunk]) -> None:
         super().__init__(shape, dtype)
         self.chunks = tuple(chunks)
+        self.proven = False  # whether ``coverage`` has found it whole
         self._bounds: tuple[np.ndarray, np.ndarray] | None = None
 
     @classmethod
@@ -180,6 +181,19 @@ class Chunked(LazyTensor):
         for c in self.chunks:
             yield (c.source.path, *c.span(self.dtype.itemsize))
 
+    def files(self) -> tuple[Path, ...]:
+        """Return the file of each chunk."""
+        return tuple([c.source.path for c in self.chunks])
+
+    def bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the boxes of all chunks: first and end index [chunks, dims]; there is a chunk."""
+        if self._bounds is None:
+            self._bounds = (
+                np.array([c.lo for c in self.chunks], np.int64),
+                np.array([c.hi for c in self.chunks], np.int64),
+            )
+        return self._bounds
+
     def fill(self, out: np.ndarray, box: Box) -> None:
         """Read each touching chunk into its place in ``out``.
 
@@ -209,12 +223,7 @@ class Chunked(LazyTensor):
         """Chunks that may meet ``box``; vectorised once there are many."""
         if len(self.chunks) < 16:
             return self.chunks
-        if self._bounds is None:
-            self._bounds = (
-                np.array([c.lo for c in self.chunks], np.int64),
-                np.array([c.hi for c in self.chunks], np.int64),
-            )
-        los, his = self._bounds
+        los, his = self.bounds()
         hit = np.all((los < np.array(box[1])) & (his > np.array(box[0])), axis=1)
         return [self.chunks[i] for i in np.flatnonzero(hit)]
 

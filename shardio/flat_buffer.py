@@ -8,11 +8,12 @@ most callers want shapes only.
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
+from pathlib import Path
 
 import numpy as np
 
@@ -28,17 +29,29 @@ Run = tuple[Source, int, int]  # file, byte position, elements
 class Deferred(Chunked):
     """A chunk list that is computed at first use.
 
-    Two threads may both compute it; they get equal lists.
+    Two threads may both compute it; they get equal lists. ``outline`` has the files of its pieces,
+    when these are known to make it whole without computing the list: thousands of weights times
+    thousands of ranks are too many boxes to look at one by one. It is best shared between tensors.
     """
 
-    __slots__ = ("_build",)
+    __slots__ = ("_build", "_outline")
 
     def __init__(
-        self, shape: Sequence[int], dtype: np.dtype, build: Callable[[], Iterable[Chunk]]
+        self,
+        shape: Sequence[int],
+        dtype: np.dtype,
+        build: Callable[[], Iterable[Chunk]],
+        outline: tuple[Path, ...] | None = None,
     ) -> None:
         LazyTensor.__init__(self, shape, dtype)
         self._bounds = None
         self._build = build
+        self._outline = outline
+        self.proven = outline is not None
+
+    def files(self) -> tuple[Path, ...]:
+        """Return the file of each piece."""
+        return super().files() if self._outline is None else self._outline
 
     def __getattr__(self, name: str) -> tuple[Chunk, ...]:
         # only called while the slot of the base class is empty
@@ -48,8 +61,19 @@ class Deferred(Chunked):
         return self.chunks
 
 
-def from_runs(shape: Sequence[int], dtype: np.dtype, runs: Callable[[], Iterable[Run]]) -> Deferred:
-    """Return the row-major tensor whose elements are the given runs, one after the other."""
+def from_runs(
+    shape: Sequence[int],
+    dtype: np.dtype,
+    runs: Callable[[], Iterable[Run]],
+    outline: tuple[Path, ...] | None = None,
+) -> Deferred:
+    """Return the row-major tensor whose elements are the given runs, one after the other.
+
+    Args:
+        shape, dtype: of the tensor.
+        runs: gives the runs.
+        outline: their files, if the caller has proven that they are whole and inside these.
+    """
     dims = tuple(int(n) for n in shape)
 
     def build() -> Iterator[Chunk]:
@@ -59,7 +83,7 @@ def from_runs(shape: Sequence[int], dtype: np.dtype, runs: Callable[[], Iterable
                 yield Chunk(lo, hi, source, offset + (flat - at) * item, strides)
             at += count
 
-    return Deferred(dims, dtype, build)
+    return Deferred(dims, dtype, build, outline)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +110,12 @@ class Part:
         storage = stored.storage
         return cls(source, stored.file_offset, stored.numel, stored.dtype, storage.big_endian)
 
+    @property
+    def inside(self) -> bool:
+        """Whether it lies in its file."""
+        end = self.offset + self.size * self.dtype.itemsize
+        return self.offset >= 0 and end <= self.source.size
+
     def run(self, start: int, stop: int) -> Run:
         """Return elements ``start`` to ``stop`` as a piece of the file."""
         return self.source, self.offset + start * self.dtype.itemsize, stop - start
@@ -103,20 +133,27 @@ class FlatBuffer:
     Attributes:
         parts: in order; all of one dtype and byte order.
         ends: index behind the last element of each part.
+        inside: whether all parts lie in their files.
     """
 
     parts: tuple[Part, ...]
     ends: tuple[int, ...]
+    inside: bool
 
     @classmethod
     def of(cls, parts: Sequence[Part]) -> FlatBuffer:
         """Join parts; there is at least one."""
-        return cls(tuple(parts), tuple(accumulate(p.size for p in parts)))
+        ends = tuple(accumulate(p.size for p in parts))
+        return cls(tuple(parts), ends, all(p.inside for p in parts))
 
     def tensor(self, start: int, shape: Sequence[int]) -> LazyTensor:
         """Return elements ``start`` and following as a tensor of ``shape``."""
-        first = self.parts[0]
-        cut = from_runs(shape, first.dtype, lambda: self._runs(start, start + prod(shape)))
+        first, stop = self.parts[0], start + prod(shape)
+        outline = None
+        if self.inside and 0 <= start <= stop <= self.ends[-1]:
+            touched = self.parts[bisect_right(self.ends, start) : bisect_left(self.ends, stop) + 1]
+            outline = tuple(p.source.path for p in touched if p.size) if stop > start else ()
+        cut = from_runs(shape, first.dtype, lambda: self._runs(start, stop), outline)
         return finish(cut, first.swap)
 
     def _runs(self, start: int, stop: int) -> Iterator[Run]:

@@ -30,7 +30,29 @@ def check_nesting(guard: Guard, root: object) -> None:
         top = roots.pop()
         heights[id(top)] = 0
         for part in _inner(top) if type(top) is Record else (top,):
-            _measure(guard, part, heights, roots)
+            if not _is_flat(part, heights, roots):
+                _measure(guard, part, heights, roots)
+
+
+def _is_flat(part: Any, heights: dict[int, int], roots: list[Any]) -> bool:
+    """Whether a small container holds nothing but plain values, tuples of these, and Records (which
+    are queued). Most of the millions of containers in large metadata are of this kind.
+    """
+    if type(part) is tuple:
+        return len(part) <= _FLAT_MEMO and not _inner(part)
+    if type(part) is not dict or len(part) > _FLAT_MEMO:
+        return False
+    for value in part.values():
+        kind = type(value)
+        if kind is Record:
+            if id(value) not in heights:
+                heights[id(value)] = 0
+                roots.append(value)
+        elif kind in _NESTED and not (
+            kind is tuple and len(value) <= _FLAT_MEMO and not _inner(value)
+        ):
+            return False
+    return not any(type(key) in _NESTED for key in part)
 
 
 def _measure(guard: Guard, top: Any, heights: dict[int, int], roots: list[Any]) -> None:

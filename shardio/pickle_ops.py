@@ -19,12 +19,12 @@ from .pickle_numpy import set_numpy_state
 from .pickle_text import MAX_INT_BYTES, decode_py2, text_float, text_int, text_string
 from .records import Record, StoredTensor
 
-_MAX_MARKS = 20_000
+MAX_MARKS = 20_000
 _U32, _U64, _F64 = (struct.Struct(c).unpack for c in ("<I", "<Q", ">d"))
 
 
 def op_mark(m: Machine) -> None:
-    if len(m.marks) >= _MAX_MARKS:
+    if len(m.marks) >= MAX_MARKS:
         m.guard.fail("nested too deeply")
     m.marks.append(len(m.stack))
 
@@ -137,7 +137,7 @@ def op_list(m: Machine) -> None:
 def op_dict(m: Machine) -> None:
     items = m.pop_mark()
     m.stack.append({})
-    _set_items(m, items)
+    set_items(m, items)
 
 
 def op_frozenset(m: Machine) -> None:
@@ -179,14 +179,15 @@ def op_additems(m: Machine) -> None:
 def op_setitem(m: Machine) -> None:
     value = m.stack.pop()
     key = m.stack.pop()
-    _set_items(m, [key, value])
+    set_items(m, [key, value])
 
 
 def op_setitems(m: Machine) -> None:
-    _set_items(m, m.pop_mark())
+    set_items(m, m.pop_mark())
 
 
-def _set_items(m: Machine, items: list[Any]) -> None:
+def set_items(m: Machine, items: list[Any]) -> None:
+    """Put keys and values, one after the other, into the dict or Record on top of the stack."""
     target = m.stack[-1]
     if type(target) is Record:
         if target.mapping is None:
@@ -240,6 +241,11 @@ def op_inst(m: Machine) -> None:
 def op_obj(m: Machine) -> None:
     cls, *args = m.pop_mark()
     m.stack.append(m.call(cls, tuple(args)))
+
+
+def is_blank(target: object) -> bool:
+    """Whether a dict can become the state of a Record just so."""
+    return type(target) is Record and target.state is None and target.name[:6] != "numpy."
 
 
 def op_build(m: Machine) -> None:

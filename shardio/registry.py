@@ -141,7 +141,8 @@ def _check_holds(start: Path, root: Path, found: Checkpoint) -> None:
     if root.resolve().is_relative_to(asked):
         return
     groups = (found.weights, *found.optimizer.values())
-    held = {path.parent for g in groups for t in g.values() for path, _, _ in t.spans()}
+    lists = {id(f): f for g in groups for t in g.values() if (f := t.files())}
+    held = {path.parent for files in lists.values() for path in files}
     if any(folder.resolve().is_relative_to(asked) for folder in held):
         return
     raise FormatError(

@@ -15,6 +15,7 @@ from . import dtypes
 from .checkpoint import Checkpoint
 from .chunked import Chunked
 from .coverage import covered, flaws
+from .flat_buffer import Deferred
 from .tensor import LazyTensor
 
 
@@ -112,6 +113,7 @@ class Inspection:
         return not self.problems
 
 
+_SHARED = 32  # pieces from which a list of files may be one that many tensors share
 _VOCABULARY = re.compile(
     r"(?:^|\.)(?:embed_tokens|embed_in|embed_out|embeddings?|word_embeddings|tok_embeddings|wte|"
     r"token_embedding|token_embd|lm_head|output_layer|output|final_linear)\.weight$"
@@ -141,15 +143,16 @@ _CONFIG_KEYS = (
 def inspect_checkpoint(ckpt: Checkpoint) -> Inspection:
     """Describe an opened checkpoint; reads no tensor bytes."""
     counts: Counter[str] = Counter()
-    held: Counter[Path] = Counter()
+    held = _Pieces()
     lines = []
     for name, tensor in ckpt.weights.items():
         counts[dtypes.name(tensor.dtype)] += tensor.size
-        paths = [path for path, _, _ in tensor.spans()]
-        held.update(paths)
-        lines.append(_line(ckpt, name, tensor, len(paths)))
-    states = (t for tensors in ckpt.optimizer.values() for t in tensors.values())
-    beside = Counter(path for tensor in states for path, _, _ in tensor.spans())
+        lines.append(_line(ckpt, name, tensor, held.add(tensor)))
+    beside = _Pieces()
+    for tensors in ckpt.optimizer.values():
+        for tensor in tensors.values():
+            beside.add(tensor)
+    weights, states = held.counts(), beside.counts()
     problems = flaws(ckpt.weights)
     for state, tensors in ckpt.optimizer.items():
         problems += flaws({f"{state}.{n}": t for n, t in tensors.items()})
@@ -163,8 +166,8 @@ def inspect_checkpoint(ckpt: Checkpoint) -> Inspection:
         naming=ckpt.naming,
         step=ckpt.step,
         layout=ckpt.layout.sizes(),
-        files=len(held),
-        rank_files=_files(ckpt.path, held, beside),
+        files=len(weights),
+        rank_files=_files(ckpt.path, weights, states),
         nbytes=sum(t.nbytes for t in ckpt.weights.values()),
         parameters=ckpt.num_parameters,
         dtypes=dict(counts.most_common()),
@@ -182,6 +185,32 @@ def inspect_checkpoint(ckpt: Checkpoint) -> Inspection:
         commands=_commands(ckpt),
         tensors=tuple(lines),
     )
+
+
+class _Pieces:
+    """Counts the pieces in each file; tensors that share a list of files are counted at once."""
+
+    def __init__(self) -> None:
+        self._few: Counter[Path] = Counter()
+        self._shared: dict[int, tuple[tuple[Path, ...], int]] = {}
+
+    def add(self, tensor: LazyTensor) -> int:
+        """Count a tensor; return the number of its pieces."""
+        files = tensor.files()
+        if len(files) < _SHARED:
+            self._few.update(files)
+        else:
+            _, count = self._shared.get(id(files), ((), 0))
+            self._shared[id(files)] = files, count + 1  # kept, so that its id stays its own
+        return len(files)
+
+    def counts(self) -> Counter[Path]:
+        """Return {file: pieces}."""
+        found = Counter(self._few)
+        for files, count in self._shared.values():
+            for path, pieces in Counter(files).items():
+                found[path] += pieces * count
+        return found
 
 
 def present_files(path: str | Path) -> dict[str, tuple[int, int]]:
@@ -270,11 +299,13 @@ def placement_text(ckpt: Checkpoint, name: str, tensor: LazyTensor) -> str:
     cut = ckpt.placements.get(name, {})
     if cut:
         return ", ".join(f"{axis} {p}" for axis, p in cut.items())
-    if not isinstance(tensor, Chunked) or len(tensor.chunks) < 2:
+    if not isinstance(tensor, Chunked):
         return ""
-    files = len({c.source.path for c in tensor.chunks})
-    if files == 1:
+    files = len(set(tensor.files()))
+    if files < 2:
         return ""
+    if isinstance(tensor, Deferred):  # of flat vectors
+        return f"Flat in {files}"
     sizes = [len({c.lo[d] for c in tensor.chunks}) for d in range(tensor.ndim)]
     if prod(sizes) != len(tensor.chunks):
         return f"{len(tensor.chunks)} pieces in {files} files"

@@ -43,6 +43,10 @@ class LazyTensor(ABC):
     def spans(self) -> Iterator[tuple[Path, int, int]]:
         """Yield (file, first byte, end byte) of everything this tensor is made of."""
 
+    def files(self) -> tuple[Path, ...]:
+        """Return the file of each piece (one may come several times)."""
+        return tuple(path for path, _, _ in self.spans())
+
     def leaves(self) -> Iterator[LazyTensor]:
         """Yield the tensors under this expression that are not made of others."""
         yield self

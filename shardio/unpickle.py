@@ -17,7 +17,8 @@ from ..errors import FormatError
 from .pickle_guard import Guard, TruncatedPickle
 from .pickle_machine import Blob, Machine
 from .pickle_nesting import check_nesting
-from .pickle_ops import HANDLERS
+from .pickle_ops import HANDLERS, MAX_MARKS, is_blank, set_items
+from .records import Global, Record
 
 _STOP = 0x2E
 _GC_PAUSE_BYTES = 100_000
@@ -84,7 +85,7 @@ def _run(machine: Machine) -> None:
 
     Running out of stack, memo or data raises IndexError, which the caller explains.
     """
-    data, stack, memo = machine.data, machine.stack, machine.memo
+    data, stack, memo, marks = machine.data, machine.stack, machine.memo, machine.marks
     push, pop, remember = stack.append, stack.pop, memo.append
     handlers = HANDLERS
     from_bytes = int.from_bytes
@@ -94,25 +95,45 @@ def _run(machine: Machine) -> None:
         pos += 1
         if op == 0x94:  # MEMOIZE
             remember(stack[-1])
-        elif op == 0x6A:  # LONG_BINGET
-            push(memo[from_bytes(data[pos : pos + 4], "little")])
-            pos += 4
         elif op == 0x68:  # BINGET
             push(memo[data[pos]])
             pos += 1
+        elif op == 0x6A:  # LONG_BINGET
+            push(memo[from_bytes(data[pos : pos + 4], "little")])
+            pos += 4
         elif op == 0x4B:  # BININT1
             push(data[pos])
             pos += 1
         elif op == 0x29:  # EMPTY_TUPLE
             push(())
+        elif op == 0x81 or op == 0x52:  # NEWOBJ, REDUCE
+            args, function = pop(), stack[-1]
+            if type(function) is Global and function.build is None and type(args) is tuple:
+                stack[-1] = Record(function.name, args)
+            else:
+                stack[-1] = machine.call(function, args)
         elif op == 0x85:  # TUPLE1
             stack[-1] = (stack[-1],)
-        elif op == 0x86:  # TUPLE2
-            second = pop()
-            stack[-1] = (stack[-1], second)
         elif op == 0x4D:  # BININT2
             push(data[pos] | data[pos + 1] << 8)
             pos += 2
+        elif op == 0x28 and len(marks) < MAX_MARKS:  # MARK
+            marks.append(len(stack))
+        elif op == 0x7D and machine.containers > 0:  # EMPTY_DICT
+            machine.containers -= 1
+            push({})
+        elif op == 0x75:  # SETITEMS
+            machine.pos = pos
+            set_items(machine, machine.pop_mark())
+        elif op == 0x62 and type(stack[-1]) is dict and is_blank(stack[-2]):  # BUILD
+            stack[-2].state = stack[-1]
+            pop()
+        elif op == 0x86:  # TUPLE2
+            second = pop()
+            stack[-1] = (stack[-1], second)
+        elif op == 0x87:  # TUPLE3
+            third, second = pop(), pop()
+            stack[-1] = (stack[-1], second, third)
         elif op == 0x71 and data[pos] == len(memo):  # BINPUT, in sequence
             remember(stack[-1])
             pos += 1

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
+from pathlib import Path
 
 import numpy as np
 
@@ -78,24 +79,42 @@ def _vector(index: int, name: str, rank: OptimState, length: int, count: int, wo
 
 def _cut(shapes: Mapping[str, Shape], parts: Sequence[Part]) -> dict[str, LazyTensor]:
     found, at = {}, 0
+    vectors = _Vectors(parts)
     for name, shape in shapes.items():
-        found[name] = _tensor(shape, parts, at)
+        found[name] = vectors.tensor(shape, at)
         at += per_rank(prod(shape), len(parts))
     return found
 
 
-def _tensor(shape: Shape, parts: Sequence[Part], offset: int) -> LazyTensor:
-    """The parameter whose range starts at ``offset`` of each rank's vector."""
-    count = prod(shape)
-    step = per_rank(count, len(parts))
+class _Vectors:
+    """The vectors of all ranks, each with a range of every parameter."""
 
-    def runs() -> Iterator[Run]:
-        for r, part in enumerate(parts):
-            size = min(step, count - r * step)
-            if size > 0:
-                yield part.run(offset, offset + size)
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self.parts = parts
+        inside = all(p.inside for p in parts)
+        self._length = min(p.size for p in parts) if inside else -1
+        self._files: dict[int, tuple[Path, ...]] = {}
 
-    return finish(from_runs(shape, parts[0].dtype, runs), parts[0].swap)
+    def tensor(self, shape: Shape, offset: int) -> LazyTensor:
+        """The parameter whose range starts at ``offset`` of each rank's vector."""
+        count, parts = prod(shape), self.parts
+        step = per_rank(count, len(parts))
+
+        def runs() -> Iterator[Run]:
+            for r, part in enumerate(parts):
+                size = min(step, count - r * step)
+                if size > 0:
+                    yield part.run(offset, offset + size)
+
+        fits = offset + step <= self._length  # then all ranges are there, and they add up
+        outline = self._first(-(-count // step) if step else 0) if fits else None
+        return finish(from_runs(shape, parts[0].dtype, runs, outline), parts[0].swap)
+
+    def _first(self, count: int) -> tuple[Path, ...]:
+        """The files of the first ranks; the same tuple for the same number."""
+        if count not in self._files:
+            self._files[count] = tuple(p.source.path for p in self.parts[:count])
+        return self._files[count]
 
 
 def read_frozen(models: Sequence[ModelState]) -> dict[str, LazyTensor]:
@@ -115,7 +134,7 @@ def read_frozen(models: Sequence[ModelState]) -> dict[str, LazyTensor]:
                 raise FormatError(f"{m.path}: no fragment of the frozen parameter {name!r}")
             _check_fragment(m, name, stored, step)
             parts.append(Part.of(stored, m.source))
-        found[name] = _tensor(shape, parts, 0)
+        found[name] = _Vectors(parts).tensor(shape, 0)
     return found
 
 
