@@ -65,5 +65,6 @@ def decode(data: Any, kind: GgmlType, *, lanes: int = 1) -> Any:
     constants = decoding(kind).constants
     constants["SIZE"] *= lanes
     grid = (-(-count // constants["SIZE"]),)
-    decode_kernel[grid](flat, out, count, **constants, **OPTIONS)
+    with torch.cuda.device_of(flat):
+        decode_kernel[grid](flat, out, count, **constants, **OPTIONS)
     return out

@@ -162,9 +162,12 @@ def encode(
 
 
 def _run(launch: Launch, values: dict[str, Any], count: int, lanes: int) -> None:
+    import torch
+
     constants = dict(launch.constants)
     size = "ROWS" if "ROWS" in constants else "BLOCKS"
     constants[size] *= lanes
     programs = -(-count // constants[size])
     arguments = [values[name] for name in launch.arguments]
-    launch.kernel[(programs,)](*arguments, **constants, **launch.options)
+    with torch.cuda.device_of(values["x"]):  # triton launches on the current device
+        launch.kernel[(programs,)](*arguments, **constants, **launch.options)

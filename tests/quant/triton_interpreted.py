@@ -1,6 +1,6 @@
 """Run the Triton kernels in triton's interpreter and compare them with the CPU's bytes.
 
-    python triton_interpreted.py encode TYPE | decode | exponents | flags
+    python triton_interpreted.py encode TYPE... | calls | decode | exponents | flags
 
 Run by test_triton.py in a process of its own: triton decides at its import whether it interprets.
 Prints JSON: what was compared, and the differences.
@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import numpy as np
 import torch
 from cases import golden_inputs
-from mconv.quant import TYPES, dequantize, quantize
+from mconv.errors import QuantError
+from mconv.quant import TYPES, dequantize, device, quantize
 from mconv.quant.fallback import encode as encode_array
 from mconv.quant.floats import BFLOAT16
 from mconv.quant.triton.decode import decode
@@ -103,10 +104,45 @@ def check_flags() -> dict[str, list[str]]:
     return found
 
 
+def check_calls() -> dict[str, list[str]]:
+    """The public calls on a device with kernels: slabs, dtypes, refusals."""
+    device.encoder = lambda place, kind, full=False: (
+        encode if has_kernel(kind.name, full=full) else None
+    )
+    device.decoder = lambda place, kind: decode
+    device._SLAB = 2048
+    found = {}
+    weights = np.random.default_rng(2).gamma(0.5, 1, 512).astype(np.float32)
+    for name in ("Q8_0", "Q5_0", "Q6_K"):
+        for dtype in (np.float32, np.float16, BFLOAT16):
+            x = np.random.default_rng(1).standard_normal((2, 5, 512)).astype(dtype)
+            data = quantize(x, name, weights, device="cpu:0")
+            same = (data == quantize(x, name, weights)).all()
+            back = dequantize(data, name, x.shape, device="cpu:0", dtype=dtype)
+            same &= (back == dequantize(data, name, x.shape, dtype=dtype)).all()
+            found[f"{name} {np.dtype(dtype)}"] = [] if same else ["differs"]
+    x = np.ones((5, 512), np.float32)
+    x[4, 300] = np.nan
+    for value, text in ((x, "row 4, column 300"), (np.full((1, 512), 1e30, np.float32), "float16")):
+        try:
+            quantize(value, "Q8_0", device="cpu:0")
+            found[text] = ["accepted"]
+        except QuantError as error:
+            found[text] = [] if text in str(error) else [str(error)]
+    best = [quantize(x[:2], "Q4_K", best=True, device=place) for place in ("cpu", "cpu:0")]
+    found["best"] = [] if (best[0] == best[1]).all() else ["differs"]
+    return found
+
+
 def main() -> None:
     warnings.filterwarnings("ignore", category=RuntimeWarning)  # inf and NaN are part of the game
     torch.set_num_threads(1)
-    check = {"decode": check_decode, "exponents": check_exponents, "flags": check_flags}
+    check = {
+        "calls": check_calls,
+        "decode": check_decode,
+        "exponents": check_exponents,
+        "flags": check_flags,
+    }
     if sys.argv[1] == "encode":
         print(json.dumps({name: check_encode(name) for name in sys.argv[2:]}))
     else:
