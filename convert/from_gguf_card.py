@@ -47,7 +47,7 @@ def model_card(entries: Mapping[str, KeyValue]) -> bytes:
     Args:
         entries: metadata by key.
     """
-    import yaml  # type: ignore[import-untyped]  # no stubs
+    import yaml
 
     card: dict[str, Any] = {}
     for key, name in _CARD:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from math import prod
 from pathlib import Path
+from typing import Literal
 
 from ..errors import ConfigError
 from ..shardio.assets import load_json
@@ -38,7 +39,7 @@ def general_entries(
         ConfigError: the model card or the JSON file cannot be parsed.
     """
     import gguf
-    import yaml  # type: ignore[import-untyped]  # no stubs, used for one exception
+    import yaml
 
     total, shared, experts, count = _parameters(shapes)
     try:
@@ -71,7 +72,9 @@ def _checked(override: Path | None) -> Path | None:
     return override
 
 
-def naming(entries: Iterable[KeyValue], kind: str, suffix: str | None = None) -> str:
+def naming(
+    entries: Iterable[KeyValue], kind: str, suffix: Literal["vocab", "LoRA"] | None = None
+) -> str:
     """Return the file name that GGUF's naming convention gives a model, without ``.gguf``.
 
     Args:
@@ -82,9 +85,11 @@ def naming(entries: Iterable[KeyValue], kind: str, suffix: str | None = None) ->
     import gguf
 
     values = {e.key: e.value for e in entries}
-    general = [values.get(f"general.{k}") for k in ("name", "basename", "finetune", "version")]
+    name, base, tune, version = (
+        values.get(f"general.{k}") for k in ("name", "basename", "finetune", "version")
+    )
     label = values.get("general.size_label") if kind else None
-    return gguf.naming_convention(*general, label, kind or None, suffix)  # type: ignore[arg-type]
+    return gguf.naming_convention(name, base, tune, version, label, kind or None, suffix)
 
 
 def _repetition_penalty(folder: Path) -> float | None:

@@ -217,12 +217,10 @@ def _names(
 ) -> tuple[Path, list[str]]:
     """Return the folder and one file name per output."""
     if out.is_dir():
-        suffix = "vocab" if vocab_only else None
-        kinds = ["" if vocab_only else one.type for one in outputs]
-        return out, [
-            f"{naming(metadata, kind, suffix)}.gguf"
-            for kind, metadata in zip(kinds, every, strict=True)
-        ]
+        if vocab_only:
+            return out, [f"{naming(metadata, '', 'vocab')}.gguf" for metadata in every]
+        pairs = zip(every, outputs, strict=True)
+        return out, [f"{naming(metadata, one.type)}.gguf" for metadata, one in pairs]
     if len(outputs) > 1 or "{type}" in out.name:
         return output_names("", out, [one.type for one in outputs])
     return out.parent, [out.name]
