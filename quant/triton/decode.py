@@ -65,6 +65,6 @@ def decode(data: Any, kind: GgmlType, *, lanes: int = 1) -> Any:
     constants = decoding(kind).constants
     constants["SIZE"] *= lanes
     grid = (-(-count // constants["SIZE"]),)
-    with torch.cuda.device_of(flat):
+    with torch.cuda.device(flat.get_device()):
         decode_kernel[grid](flat, out, count, **constants, **OPTIONS)
     return out

@@ -169,5 +169,5 @@ def _run(launch: Launch, values: dict[str, Any], count: int, lanes: int) -> None
     constants[size] *= lanes
     programs = -(-count // constants[size])
     arguments = [values[name] for name in launch.arguments]
-    with torch.cuda.device_of(values["x"]):  # triton launches on the current device
+    with torch.cuda.device(values["x"].get_device()):  # triton launches on the current device
         launch.kernel[(programs,)](*arguments, **constants, **launch.options)
