@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .modelfile import modelfile_options, wishes
+from .modelfile import checkpoint_options, given, modelfile_options, wishes
 from .options import Size, human, progress_bar, show_json, warn
 
 if TYPE_CHECKING:
@@ -74,11 +74,6 @@ _OPTIONS = (
         "--subnet", default="10.213.77.0/24", show_default=True, help="Of the containers."
     ),
     click.option("--image", help="Container image of the server."),
-    click.option("--tokenizer", type=click.Path(exists=True), help="Tokenizer of a checkpoint."),
-    click.option("--config", type=click.Path(exists=True), help="config.json of a checkpoint."),
-    click.option(
-        "--vocab-size", type=click.IntRange(1), help="True vocabulary of a padded checkpoint."
-    ),
     click.option("--force", is_flag=True, help="Replace an older deployment."),
 )
 
@@ -93,6 +88,7 @@ def _options(fn: Any) -> Any:
 @click.argument("model", type=click.Path())
 @_options
 @modelfile_options
+@checkpoint_options
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.option("--quiet", is_flag=True, help="Print errors only.")
 def command(model: str, output: str, as_json: bool, quiet: bool, **asked: Any) -> None:
@@ -110,7 +106,6 @@ def command(model: str, output: str, as_json: bool, quiet: bool, **asked: Any) -
 
     machines = _machines(asked["workers"])
     hf = asked["kind"] in ("vllm", "sglang")
-    given = {key: asked[key] for key in ("tokenizer", "config", "vocab_size")}
     with progress_bar("deploy", shown=not (quiet or as_json)) as progress:
         done = deploy(
             model,
@@ -130,7 +125,7 @@ def command(model: str, output: str, as_json: bool, quiet: bool, **asked: Any) -
                 image=asked["image"],
                 quantize=asked["quantize"],
                 modelfile=wishes("model.gguf", asked),
-                options={key: value for key, value in given.items() if value is not None},
+                options=given(asked),
                 force=asked["force"],
             ),
             progress,

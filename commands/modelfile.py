@@ -67,12 +67,45 @@ def modelfile_options(fn: Any) -> Any:
     return fn
 
 
+def checkpoint_options(fn: Any) -> Any:
+    """Options about a checkpoint that is no whole model by itself; see ``given``."""
+    for option in (
+        click.option("--tokenizer", type=click.Path(exists=True), help="Tokenizer of SRC."),
+        click.option("--config", type=click.Path(exists=True), help="config.json of SRC."),
+        click.option(
+            "--vocab-size", type=click.IntRange(1), help="True vocabulary of a padded checkpoint."
+        ),
+        click.option(
+            "--adapter",
+            type=click.Path(exists=True),
+            help="PEFT folder to merge into a checkpoint, or a GGUF adapter for ADAPTER.",
+        ),
+    ):
+        fn = option(fn)
+    return fn
+
+
+def given(asked: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of ``checkpoint_options`` that were given, for the library."""
+    names = ("tokenizer", "config", "vocab_size", "imatrix")
+    out = {name: asked[name] for name in names if asked.get(name) is not None}
+    if asked["adapter"] is not None and not is_gguf(asked["adapter"]):
+        out["adapter"] = asked["adapter"]
+    return out
+
+
+def is_gguf(path: str) -> bool:
+    """Whether an adapter is a GGUF file, for ADAPTER."""
+    return path.endswith(".gguf")
+
+
 @click.command("modelfile")
 @click.argument("model", required=False, type=click.Path())
 @click.option("-o", "--output", type=click.Path(), help="Where to write it (default: stdout).")
 @click.option("--check", type=click.Path(), help="Check this Modelfile instead of making one.")
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @modelfile_options
+@checkpoint_options
 @render_options
 def command(
     model: str | None,
@@ -81,7 +114,7 @@ def command(
     force: bool,
     as_json: bool,
     quiet: bool,
-    **wishes: Any,
+    **asked: Any,
 ) -> None:
     """Make the Modelfile of MODEL, a GGUF file or any checkpoint, and prove its TEMPLATE.
 
@@ -95,7 +128,7 @@ def command(
         _check(Path(check), as_json, quiet)
     else:
         assert model is not None
-        _make(Path(model), output, force, as_json, quiet, wishes)
+        _make(Path(model), output, force, as_json, quiet, asked)
 
 
 def _check(path: Path, as_json: bool, quiet: bool) -> None:
@@ -122,9 +155,9 @@ def _make(
 
     folder = Path(output).parent if output else Path()
     gguf = model if model.suffix == ".gguf" else model.with_name(f"{model.resolve().name}.gguf")
-    source = os.path.relpath(gguf, folder)
-    source = source if source.startswith((".", "/")) else f"./{source}"
-    made = make_modelfile(facts_of(model), wishes(source, asked))
+    made = make_modelfile(
+        facts_of(model, **given(asked)), wishes(_seen_from(folder, gguf), asked, folder)
+    )
     if gguf != model and not quiet:
         warn((f"FROM names {gguf}; write it with `mconv to-gguf {model} {gguf}`",))
     text = emit(made.modelfile, comments(made))
@@ -142,8 +175,14 @@ def _make(
         click.echo(text, nl=False)
 
 
-def wishes(source: str, asked: dict[str, Any]) -> Any:
-    """Turn the options into ``Wishes``."""
+def _seen_from(folder: Path, path: Path) -> str:
+    """Return a path as a Modelfile in ``folder`` names it."""
+    text = os.path.relpath(path, folder)
+    return text if text.startswith((".", "/")) else f"./{text}"
+
+
+def wishes(source: str, asked: dict[str, Any], folder: Path | None = None) -> Any:
+    """Turn the options into ``Wishes``; ``folder`` is where the Modelfile goes, if it does."""
     from ..convert.ollama.build import Wishes
     from ..convert.ollama.parameters import ParameterValue, parse_parameter
 
@@ -153,8 +192,12 @@ def wishes(source: str, asked: dict[str, Any]) -> Any:
         if isinstance(value, tuple) and isinstance(before, tuple):
             value = before + value
         parameters[name] = value
+    adapter = asked["adapter"] if is_gguf(asked["adapter"] or "") else None
+    if adapter and folder is not None:
+        adapter = _seen_from(folder, Path(adapter))
     return Wishes(
         source=source,
+        adapter=adapter,
         context=asked["context"],
         system=asked["system"],
         messages=asked["messages"],

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .modelfile import modelfile_options, proof_line, wishes
+from .modelfile import checkpoint_options, given, modelfile_options, proof_line, wishes
 from .options import human, progress_bar, render_options, show_json, warn
 
 if TYPE_CHECKING:
@@ -43,11 +43,10 @@ def command() -> None:
 @click.option("-q", "--quantize", metavar="TYPE", help="Type of the weights, such as Q4_K_M.")
 @click.option("--store", type=click.Path(), help="Write into this models folder, no server needed.")
 @click.option("--host", metavar="URL", help="Server (default: OLLAMA_HOST, 127.0.0.1:11434).")
-@click.option("--tokenizer", type=click.Path(exists=True), help="Tokenizer of a checkpoint.")
-@click.option("--config", type=click.Path(exists=True), help="config.json of a checkpoint.")
 @click.option(
-    "--vocab-size", type=click.IntRange(1), help="True vocabulary of a padded checkpoint."
+    "--imatrix", type=click.Path(exists=True), help="Importance matrix that guides the rounding."
 )
+@checkpoint_options
 @modelfile_options
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.option("--quiet", is_flag=True, help="Print errors only.")
@@ -57,9 +56,6 @@ def install_command(
     quantize: str | None,
     store: str | None,
     host: str | None,
-    tokenizer: str | None,
-    config: str | None,
-    vocab_size: int | None,
     as_json: bool,
     quiet: bool,
     **asked: Any,
@@ -77,7 +73,6 @@ def install_command(
     if store and host:
         raise click.UsageError("--store or --host, not both")
     address = host or os.environ.get("OLLAMA_HOST") or "127.0.0.1:11434"
-    given = {"tokenizer": tokenizer, "config": config, "vocab_size": vocab_size}
     with progress_bar(f"install {name}", shown=not (quiet or as_json)) as progress:
         done = install(
             source,
@@ -85,7 +80,7 @@ def install_command(
             _store(store) if store else Server(address.replace("0.0.0.0", "127.0.0.1")),
             wishes("model.gguf", asked),
             quantize=quantize,
-            options={key: value for key, value in given.items() if value is not None},
+            options=given(asked),
             progress=progress,
         )
     if as_json:
@@ -197,15 +192,18 @@ def lint_command(file: str, scan: bool, as_json: bool) -> None:
 @command.command("explain")
 @click.argument("model", type=click.Path(exists=True))
 @click.option("--modelfile", type=click.Path(exists=True), help="With this Modelfile's TEMPLATE.")
+@checkpoint_options
 @render_options
-def explain_command(model: str, modelfile: str | None, as_json: bool, quiet: bool) -> None:
+def explain_command(
+    model: str, modelfile: str | None, as_json: bool, quiet: bool, **asked: Any
+) -> None:
     """Say which renderer, capabilities and prompt each generation of Ollama will use."""
     from ..convert.ollama.build import Wishes, make_modelfile
     from ..convert.ollama.explain import explain
     from ..convert.ollama.facts import facts_of
     from ..convert.ollama.modelfile_check import check_modelfile
 
-    facts = facts_of(model)
+    facts = facts_of(model, **given(asked))
     if modelfile:
         said = check_modelfile(Path(modelfile)).modelfile
     else:

@@ -38,6 +38,7 @@ class Wishes:
         parameters: further parameters, which win.
         allow_template_drift: accept a template whose prompts differ.
         license: whether to include the licence.
+        adapter: a GGUF adapter that Ollama applies at run time (before 0.34.1).
     """
 
     source: str
@@ -47,6 +48,7 @@ class Wishes:
     parameters: dict[str, ParameterValue] | None = None
     allow_template_drift: bool = False
     license: bool = True
+    adapter: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +92,13 @@ def make_modelfile(facts: ModelFacts, wishes: Wishes) -> Made:
         licenses=(facts.license,) if facts.license and wishes.license else (),
         parameters=parameters,
         messages=tuple(wishes.messages),
+        adapter=wishes.adapter,
     )
+    if wishes.adapter:
+        warnings.append(
+            "releases from 0.34.1 refuse ADAPTER; for those merge the adapter into the checkpoint "
+            "(--adapter with the PEFT folder)"
+        )
     size = facts.kv_bytes(length) if isinstance(length, int) else None
     return Made(modelfile, proof, size, tuple(warnings))
 
@@ -135,7 +143,7 @@ def _template(
             )
         warnings.insert(0, f"the prompts differ: {why}")
     stops = stop_strings(chat, shape, facts.eog, facts.specials or None)
-    warnings += map(unseen_text, unseen_stops(facts, stops))
+    warnings += (unseen_text(facts, stop) for stop in unseen_stops(facts, stops))
     if not stops:
         warnings.append("no stop string was found; generation ends at the model's end token")
     return template, proof, stops, warnings

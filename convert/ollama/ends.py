@@ -45,9 +45,10 @@ def end_token_overrides(facts: ModelFacts, stops: Sequence[str]) -> tuple[str, .
     return (f"{EOT}=int:{facts.control[unseen[0]]}",)
 
 
-def unseen_text(stop: str) -> str:
+def unseen_text(facts: ModelFacts, stop: str) -> str:
     """Return a warning about such a stop string."""
     return (
         f"answers end with {stop!r}, which the GGUF does not call an end token: Ollama from 0.30 "
-        f"will not stop there; set {EOT} (`mconv quantize IN OUT COPY --override-kv`)"
+        f"will not stop there; `mconv quantize IN OUT COPY --override-kv "
+        f"{EOT}=int:{facts.control[stop]}` names it, and so does `mconv ollama install`"
     )

@@ -102,7 +102,7 @@ def _renderer(
         more = ", ".join(sorted(_can(jinja) - _go_can(template)))
         return "Jinja", f"the GGUF's chat template mentions {more}, TEMPLATE does not"
     if template is not None:
-        return "TEMPLATE", "the GGUF's chat template can no more than it"
+        return "TEMPLATE", "the GGUF's own chat template offers no more than it does"
     if jinja is not None:
         return "Jinja", "there is no TEMPLATE: llama.cpp runs the GGUF's chat template"
     return "plain", "no TEMPLATE and no chat template"

@@ -98,19 +98,42 @@ def install(
         raise ConfigError(f"-q {quantize}: Ollama takes one type per model")
     facts = facts_of(place, **more)  # before any byte is written: a bad template costs nothing
     made = make_modelfile(facts, wishes)
+    if made.modelfile.adapter is not None:
+        check_adapter(Path(made.modelfile.adapter), facts.architecture)
     with ExitStack() as stack:
         if isinstance(target, Store):
             work = stack.enter_context(target.work_folder())
         else:
             work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mconv-")))
         change = end_token_overrides(facts, _stops(made))
+        checks: tuple[str, ...] = ()
         weights = _weights(place, work, quantize, change, more, progress)
-        if change and weights != place:
-            mended = unseen_text(unseen_stops(facts, _stops(made))[0])
-            made = replace(made, warnings=tuple(w for w in made.warnings if w != mended))
+        if change:
+            mended = unseen_stops(facts, _stops(made))[0]
+            left = [w for w in made.warnings if w != unseen_text(facts, mended)]
+            made = replace(made, warnings=tuple(left))
+            checks = (f"{mended!r} named as an end token, for releases from 0.30",)
         if isinstance(target, Store):
-            return _into_store(target, work, weights, name, made, progress)
-        return _into_server(target, weights, name, made, facts, progress)
+            done = _into_store(target, work, weights, name, made, progress)
+        else:
+            done = _into_server(target, weights, name, made, facts, progress)
+        return replace(done, checks=(*checks, *done.checks))
+
+
+def check_adapter(path: Path, architecture: str) -> None:
+    """Check that a file is a GGUF adapter for a model.
+
+    Raises:
+        ConfigError: it is not, or for another architecture.
+        FormatError: it cannot be read.
+    """
+    gguf = open_gguf(path)
+    if gguf.get("general.type") != "adapter":
+        raise ConfigError(f"{path}: is no GGUF adapter (general.type is not 'adapter')")
+    if gguf.get("general.architecture") != architecture:
+        raise ConfigError(
+            f"{path}: is an adapter for {gguf.get('general.architecture')}, not {architecture}"
+        )
 
 
 def _stops(made: Made) -> tuple[str, ...]:
@@ -134,7 +157,7 @@ def _weights(
         to_gguf(source, made, kind or "auto", quantization=wanted, progress=progress, **rest)
         return made
     parts = open_gguf(place).paths
-    if kind or len(parts) > 1:  # Ollama wants one file
+    if kind or change or len(parts) > 1:  # Ollama wants one file
         quantize_gguf(place, made, [kind or "COPY"], wanted, progress=progress)
         return made
     return place
@@ -155,6 +178,9 @@ def _into_store(
     else:
         model = store.add_copy(work, weights, kind, progress)
     layers = [model]
+    if made.modelfile.adapter is not None:
+        adapter = Path(made.modelfile.adapter)
+        layers.append(store.add_copy(work, adapter, f"{LAYER_PREFIX}adapter", progress))
     for what, data in text_layers(made.modelfile):
         layers.append(store.add_bytes(work, data, LAYER_PREFIX + what))
     config = store.add_bytes(work, config_json(gguf, layers, made.modelfile), CONFIG_TYPE)
@@ -194,7 +220,12 @@ def _into_server(
     digest = hash_file(weights)
     layer = Layer(f"{LAYER_PREFIX}model", digest, weights.stat().st_size)
     sent = server.send_blob(weights, digest, progress)
-    server.create(create_request(made.modelfile, str(name), layer))
+    request = create_request(made.modelfile, str(name), layer)
+    if made.modelfile.adapter is not None:
+        adapter = Path(made.modelfile.adapter)
+        request["adapters"] = {adapter.name: hash_file(adapter)}
+        server.send_blob(adapter, request["adapters"][adapter.name], progress)
+    server.create(request)
     checks = [f"server {version}", "weights sent" if sent else "weights were there already"]
     warnings = list(made.warnings)
     _read_back(server, name, made.modelfile, digest, checks, warnings)

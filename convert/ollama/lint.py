@@ -112,7 +112,7 @@ def _tokens(gguf: GgufFile, facts: ModelFacts) -> Iterator[Finding]:
         return
     stops = made.modelfile.parameters.get("stop", ())
     for stop in unseen_stops(facts, stops if isinstance(stops, tuple) else ()):
-        yield Finding("warning", unseen_text(stop))
+        yield Finding("warning", unseen_text(facts, stop))
     bos = facts.tokens.get("bos_token", "")
     if bos and not facts.bos and not begins.startswith(bos) and "add_bos" not in str(gguf.entries):
         yield Finding("note", f"neither the template nor the tokenizer puts {bos!r} in front")

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from ...errors import FormatError, OutputError
+from ...errors import FormatError, OutputError, did_you_mean
 from .layers import Layer
 from .names import ModelName
 
@@ -154,8 +154,10 @@ class Store:
         """
         path = self.manifests / self._cased(name)
         if not path.is_file():
-            known = ", ".join(str(n) for n in self.names()) or "none"
-            raise FormatError(f"{self.root}: there is no model {name}; there is: {known}")
+            known = [str(n) for n in self.names()]
+            there = f"; there is: {', '.join(known) or 'none'}"
+            near = did_you_mean(str(name), known)
+            raise FormatError(f"{self.root}: there is no model {name}{near}{there}")
         if path.stat().st_size > _MAX_MANIFEST:
             raise FormatError(f"{path}: too large for a manifest")
         return parse_manifest(path.read_bytes(), name, str(path))

@@ -14,6 +14,7 @@ import secrets
 import sys
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -220,3 +221,18 @@ def test_real_templates_on_the_server(
                 different.append((path.stem, title, expected, got))
     assert compared > 500
     assert not different, [d[:2] for d in different]
+
+
+@WAYS
+def test_an_adapter_is_taken(
+    way: str, server: Server, name: ModelName, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """This one changes nothing; releases from 0.34.1 refuse it over HTTP."""
+    adapter = models.adapter_gguf(tmp_path / "lora.gguf")
+    target = server if way == "http" else request.getfixturevalue("store")
+    install(CHAT, name, target, replace(WISHES, adapter=str(adapter)), quantize="f16")
+    assert "ADAPTER" in server.show(str(name))["modelfile"]
+    question, answer = TALKS[0]
+    message = {"role": "user", "content": question}
+    said = ask(server, "/api/chat", {"model": str(name), "messages": [message], "stream": False})
+    assert said["message"]["content"] == answer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -111,3 +112,12 @@ def test_servers_that_rewrite_the_weights_are_noticed(
     assert "weights read back" in install(gguf, NAME, server, WISHES).checks
     state.fault = "rewrite"
     assert "weights of its own making" in " ".join(install(gguf, NAME, server, WISHES).checks)
+
+
+def test_an_adapter_is_sent_too(gguf: Path, fake: tuple[Server, State], tmp_path: Path) -> None:
+    server, state = fake
+    adapter = models.adapter_gguf(tmp_path / "lora.gguf")
+    done = install(gguf, NAME, server, replace(WISHES, adapter=str(adapter)))
+    assert state.models["mconv-test:tiny"]["adapters"] == {"lora.gguf": hash_file(adapter)}
+    assert state.blobs[hash_file(adapter)] == adapter.read_bytes()
+    assert any("refuse ADAPTER" in warning for warning in done.warnings)
