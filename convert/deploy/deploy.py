@@ -19,6 +19,7 @@ from ...shardio.stream import Progress
 from ..gguf import open_gguf
 from ..ollama.build import Wishes
 from ..ollama.facts import ModelFacts
+from ..ollama.names import parse_name
 from .compose import DEFAULT_SUBNET, addresses, compose
 from .kubernetes import kubernetes
 from .memory import MemoryPlan, plan_memory, refuse_what_cannot_fit
@@ -140,6 +141,7 @@ def deploy(
 def _make(model: Path, work: Path, wishes: DeployWishes, progress: Progress | None) -> Deployed:
     """Write everything into ``work``."""
     name = wishes.name or _name(model)
+    parse_name(name)  # what is no name for Ollama is none for the others
     facts, size = planned(model, wishes.kind, wishes.quantize, wishes.options)
     context = min(wishes.context, facts.context_length or wishes.context)
     _plan(facts, size, context, wishes)  # refuse before anything is written

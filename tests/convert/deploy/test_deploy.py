@@ -102,6 +102,7 @@ BAD: list[tuple[list[Any], str]] = [
     (["--kind", "vllm", "-q", "Q4_K_M"], "takes weights as they are"),
     (["--publish", "8080"], "is not ADDRESS:PORT"),
     (["--subnet", "8.8.8.0/24"], "is not private"),
+    (["--kind", "llama-server", "--name", "a$b"], "model name 'a$b'"),
     (["-q", "Q99"], "unknown output type"),
 ]
 
