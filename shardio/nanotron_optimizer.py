@@ -166,7 +166,8 @@ def _joined(
         }
         if not held:
             raise FormatError(f"{folder}: {state} of {name} is in no file of tp rank {piece.tp}")
-        if state == "master" or name not in ranges:
+        whole = held[min(held)].size == piece.tensor.size
+        if name not in ranges or (state == "master" and whole):
             parts.append(held[min(held)].reshape(piece.tensor.shape))
             continue
         parts.append(_flat(folder, name, held, ranges[name]).reshape(piece.tensor.shape))

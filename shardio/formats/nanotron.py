@@ -20,6 +20,7 @@ from ..checkpoint import Checkpoint
 from ..chunked import Chunked
 from ..coverage import prove
 from ..layout import Layout
+from ..nanotron_cut import EMBEDDING, HEAD
 from ..nanotron_optimizer import read_optimizer
 from ..nanotron_place import Piece, assemble, parse_pairs, parse_shape, whole
 from ..registry import Format, OpenOptions
@@ -93,8 +94,13 @@ def open_nanotron(root: Path, options: OpenOptions) -> Checkpoint:
         args=settings,
         scalars=scalars,
         layout=Layout(format="nanotron", tp=tp, pp=_stages(pieces), dp=_number(meta, "dp")),
+        tied={HEAD: EMBEDDING} if _is_tied(settings, weights) else {},
         assets=assets,
     )
+
+
+def _is_tied(settings: Mapping[str, Any], weights: Mapping[str, object]) -> bool:
+    return settings.get("tie_word_embeddings") is True and HEAD not in weights
 
 
 def _object(path: Path) -> dict[str, Any]:

@@ -17,12 +17,14 @@ from ..safetensors_plan import DEFAULT_SHARD, plan_copies, plan_json, plan_tenso
 from ..tensor import LazyTensor
 from ..training_file import plan_training_file
 from . import Planned, Writer
+from ._common import only_axes
 
 _HEADS = ("lm_head.weight",)
 
 
 def plan(ckpt: Checkpoint, layout: Layout) -> Planned:
-    """Plan the folder of a checkpoint with Hugging Face names."""
+    """Plan the folder of a checkpoint with Hugging Face names. Raises LayoutError for any axis."""
+    only_axes(layout)
     warnings: list[str] = []
     tensors = _with_aliases(ckpt, warnings)
     limit = layout.max_shard_size or DEFAULT_SHARD
