@@ -41,12 +41,18 @@ def layer_weights(config: ModelConfig, active: bool = False) -> int:
     return attention + config.hidden_size * config.num_experts + experts * expert
 
 
-def flops_per_token(config: ModelConfig, seq_len: int) -> float:
-    """Return the floating point operations of training on one token, forward and backward."""
+def flops_per_token(config: ModelConfig, seq_len: int, frozen: bool = False) -> float:
+    """Return the floating point operations of training on one token, forward and backward.
+
+    Args:
+        config: of the model.
+        seq_len: tokens of a sequence.
+        frozen: weights get no gradients (adapters, whose own work is left out): 4 per weight.
+    """
     weights = config.num_hidden_layers * layer_weights(config, active=True)
     weights += config.vocab_size * config.hidden_size  # the head; looking up embeddings is free
     width = config.num_attention_heads * config.head_dim
-    return 6.0 * weights + 12.0 * config.num_hidden_layers * width * seq_len
+    return (4.0 if frozen else 6.0) * weights + 12.0 * config.num_hidden_layers * width * seq_len
 
 
 def peak_flops(device: str) -> float | None:

@@ -173,7 +173,8 @@ class LogHook(Hook):
     def start(self, run: Run) -> None:
         """Look at the device, and at what else shall be told."""
         config, device = run.config, run.state.meshes.device
-        self._work = flops_per_token(config.model, config.train.seq_len)
+        frozen = config.lora.rank > 0
+        self._work = flops_per_token(config.model, config.train.seq_len, frozen)
         self._work /= run.state.meshes.world.size()
         cuda = device.type == "cuda"
         self._peak = peak_flops(torch.cuda.get_device_name(device)) if cuda else None

@@ -82,6 +82,21 @@ def test_work_per_token_is_what_torch_counts(model: str) -> None:
     assert flops_per_token(config.model, 8) == pytest.approx(per_token, rel=1e-12)
 
 
+def test_frozen_weights_are_less_work() -> None:
+    from mconv.trainer.lora import add_adapters
+    from mconv.trainer.sections import LoraConfig
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = run_config("dense")
+    decoder = plain_model(config)
+    add_adapters(decoder, LoraConfig(rank=1, targets=("q_proj",)), 0)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        decoder(torch.arange(24).reshape(3, 8)).sum().backward()
+    per_token = counter.get_total_flops() / 24
+    assert flops_per_token(config.model, 8, frozen=True) == pytest.approx(per_token, rel=0.08)
+
+
 def test_peaks_of_devices() -> None:
     assert peak_flops("NVIDIA H200") == 989e12
     assert peak_flops("NVIDIA H100 PCIe") == 756e12
