@@ -1,9 +1,10 @@
 """Make a checkpoint of the size of DeepSeek-V3 (671e9 parameters) that takes little disk space.
 
 61 layers (3 dense), 256 experts, spread over 1024 ranks; headers, pickles and directories are real,
-tensor bytes are holes of sparse files. Kinds: ``hf`` (163 shards), ``dcp`` (FSDP2 with expert
+tensor bytes are holes of sparse files. Kinds: ``hf`` (157 shards), ``dcp`` (FSDP2 with expert
 parallelism as torchtitan saves it), ``megatron`` (torch_dist, pp 16 x ep 64), ``deepspeed``
-(ZeRO-3, dp 1024, with Adam states). Usage: ``python benchmarks/make_sparse_moe.py DIR --kind dcp``, then ``--time DIR``.
+(ZeRO-3, dp 1024, with Adam states; its model files take 4.7 GB). Usage:
+``python benchmarks/make_sparse_moe.py DIR --kind dcp``, then ``--time DIR``.
 """
 
 from __future__ import annotations
