@@ -170,9 +170,10 @@ def _make(model: Path, work: Path, wishes: DeployWishes, progress: Progress | No
 
 
 def label(name: str) -> str:
-    """Return a model's name as a DNS label."""
-    text = re.sub(r"[^a-z0-9]+", "-", name.lower().removesuffix(":latest")).strip("-")[:40]
-    return text.strip("-") or "model"
+    """Return a model's name as a DNS label, which begins with a letter."""
+    text = re.sub(r"[^a-z0-9]+", "-", name.lower().removesuffix(":latest")).strip("-")
+    text = f"m-{text}" if text[:1].isdigit() else text
+    return text[:40].strip("-") or "model"
 
 
 def _name(model: Path) -> str:

@@ -142,6 +142,8 @@ def _template(
                 "accept this with --allow-template-drift"
             )
         warnings.insert(0, f"the prompts differ: {why}")
+    if shape.dates.formats:
+        warnings.append("TEMPLATE asks for the date: releases before 0.11 refuse it")
     stops = stop_strings(chat, shape, facts.eog, facts.specials or None)
     warnings += (unseen_text(facts, stop) for stop in unseen_stops(facts, stops))
     if not stops:

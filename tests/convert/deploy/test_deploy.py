@@ -143,6 +143,7 @@ def test_the_same_wishes_give_the_same_files(tmp_path: Path) -> None:
         ("My_Model:7B", "my-model-7b"),
         ("me/x:latest", "me-x"),
         ("--", "model"),
+        ("7B", "m-7b"),
         ("a" * 99, "a" * 40),
     ],
 )

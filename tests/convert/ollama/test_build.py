@@ -89,6 +89,15 @@ def test_a_model_without_chat_template_passes_prompts(tmp_path: Path) -> None:
     assert made.proof is None
 
 
+def test_what_old_releases_refuse_is_told(tmp_path: Path) -> None:
+    made = make_modelfile(
+        facts_of(models.chat_model(tmp_path / "m", chats.DATED)), Wishes(source="x")
+    )
+    assert made.proof is not None
+    assert made.proof.ok
+    assert "before 0.11 refuse it" in " ".join(made.warnings)
+
+
 VARYING = "{% for m in messages %}{{ loop.index }}{{ m.content }}{% endfor %}"
 
 
