@@ -87,13 +87,14 @@ E4M3 = _e4m3_values()
 
 
 def e4m3_codes(x: Array) -> Array:
-    """Unsigned E4M3 codes of non-negative numbers, half up, at most 448."""
+    """Unsigned E4M3 codes of non-negative numbers, half up; 248 and above become 448 as in ggml."""
     xp = backend(x)
     x = xp.where(x > 448, xp.zeros_like(x) + 448, x)
     bits = x.view(xp.int32)
     exponent = ((bits >> 23) & 255) - 120
     small = clip(to_int(x * 512 + 0.5), 0, 7)
-    normal = clip((exponent << 3) + ((bits >> 20) & 7) + ((bits >> 19) & 1), 0, 0x7E)
+    normal = (exponent << 3) + ((bits >> 20) & 7) + ((bits >> 19) & 1)
+    normal = xp.where(normal >= 15 << 3, xp.zeros_like(normal) + 0x7E, normal)
     code = xp.where(exponent <= 0, small, normal)
     return xp.where(x > 0, code, xp.zeros_like(code))
 

@@ -82,12 +82,13 @@ def encode_mxfp4(
 
 @triton.jit
 def _e4m3(x: tl.tensor) -> tl.tensor:
-    """Unsigned E4M3 codes of non-negative numbers, half up, at most 448."""
+    """Unsigned E4M3 codes of non-negative numbers, half up; 248 and above become 448 as in ggml."""
     x = tl.where(x > 448.0, 448.0, x)
     code = bits(x)
     exponent = (code >> 23 & 255) - 120
     small = clip(to_int(x * 512.0 + 0.5), 0, 7)
-    normal = clip((exponent << 3) + (code >> 20 & 7) + (code >> 19 & 1), 0, 0x7E)
+    normal = (exponent << 3) + (code >> 20 & 7) + (code >> 19 & 1)
+    normal = tl.where(normal >= 15 << 3, 0x7E, normal)
     return tl.where(x > 0, tl.where(exponent <= 0, small, normal), 0)
 
 

@@ -46,6 +46,17 @@ def test_torch_writes_ggmls_bytes(name, torch_alone):
     assert digests(name, "cpu:0") == golden()[name]
 
 
+@pytest.mark.parametrize("device", ["cpu", "cpu:0", "native"])
+def test_large_nvfp4_scales_are_ggmls(device, monkeypatch):
+    """ggml has no scales between 240 and 448: from 248 on, half way to the next binade, it is 448."""
+    if device != "native":
+        monkeypatch.setattr(codec, "_native", lambda: None)
+    x = np.zeros((6, 64), np.float32)
+    x[:, 0] = np.float32(6) * np.array([200, 247, 248, 256, 300, 1e4], np.float32)
+    data = quantize(x, "NVFP4", device="cpu" if device == "native" else device)
+    assert data[:, 0].tolist() == [0x75, 0x77, 0x7E, 0x7E, 0x7E, 0x7E]
+
+
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 def test_torch_reads_narrow_floats(dtype, torch_alone):
     x = np.random.default_rng(0).standard_normal((3, 512)).astype(dtype)
