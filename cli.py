@@ -24,6 +24,7 @@ _COMMANDS = {
     "reshard": "Merge or reshard a checkpoint into another layout.",
     "to-gguf": "Convert a checkpoint of any layout to GGUF.",
     "from-gguf": "Bring a GGUF model back into a Hugging Face folder.",
+    "gguf": "Show, edit, merge, split and hash GGUF files.",
     "quantize": "Quantize a GGUF model to one or several types.",
     "train": "Train a model under any parallel layout, on this machine or under torchrun.",
     "tokenize": "Encode text for training; can train a small tokenizer.",

@@ -187,12 +187,13 @@ def _plan(
 ) -> tuple[list[GgufReport], list[OutFile]]:
     """Decide everything about the files; ``ckpt`` has Hugging Face names."""
     architecture = find_architecture(ckpt.config)
-    ckpt, vocabulary = words.of(ckpt, architecture)
+    ckpt, tokens = words.sized(ckpt, architecture)
     assert ckpt.config is not None
     config = complete_config(ckpt.config, architecture, ckpt.weights)
     config[POOLING] = sentence_pooling(model_folder(ckpt))
     mapped = [] if words.only else _tensors(architecture, config, ckpt)
     types = parse_types(type, mapped)
+    vocabulary = words.read(ckpt, architecture, config["vocab_size"], tokens)
     entries = architecture.adjust_entries(
         vocabulary_entries(architecture.adjust_vocabulary(vocabulary, config))
     )
@@ -243,17 +244,24 @@ class _Words:
     only: bool
     fix: str | None
 
-    def of(self, ckpt: Checkpoint, architecture: Architecture) -> tuple[Checkpoint, Vocabulary]:
-        """Return the vocabulary, and the checkpoint with an embedding of its size."""
+    def sized(
+        self, ckpt: Checkpoint, architecture: Architecture
+    ) -> tuple[Checkpoint, Vocabulary | None]:
+        """Return the checkpoint with an embedding of the vocabulary's size, and all tokens."""
+        if self.fix is None or self.only:
+            return ckpt, None
         files = find_tokenizer(self.tokenizer, ckpt.assets)
-        if self.fix is not None and not self.only:
-            tokens = whole_vocabulary(files, architecture, ckpt.config, self.pre)
-            ckpt = fix_sizes(ckpt, architecture, tokens, self.fix)
-        assert ckpt.config is not None
-        size = complete_config(ckpt.config, architecture, ckpt.weights)["vocab_size"]
-        if self.fix is not None and not self.only and len(tokens.tokens) > size:
-            return ckpt, trimmed(tokens, size)
-        return ckpt, load_vocabulary(
+        tokens = whole_vocabulary(files, architecture, ckpt.config, self.pre)
+        return fix_sizes(ckpt, architecture, tokens, self.fix), tokens
+
+    def read(
+        self, ckpt: Checkpoint, architecture: Architecture, size: int, tokens: Vocabulary | None
+    ) -> Vocabulary:
+        """Return the vocabulary of a size."""
+        if tokens is not None and len(tokens.tokens) > size:
+            return trimmed(tokens, size)
+        files = find_tokenizer(self.tokenizer, ckpt.assets)
+        return load_vocabulary(
             files, architecture.tokenizer, ckpt.config, vocab_size=size, pre=self.pre
         )
 
