@@ -2,7 +2,8 @@
 
 ``NAME.json`` says dtype, tokenizer and counts; ``NAME.starts.npy`` (int64 [documents]) where
 documents start; ``NAME.learned.npy`` (uint8 [tokens]) which tokens are learned, where not all are.
-A bare ``.npy`` of uint16 or uint32 is enough; a bare ``.bin`` is uint16, as nanoGPT writes it.
+A bare ``.npy`` of uint16 or uint32 is enough; a bare ``.bin`` is uint16, as nanoGPT writes it, and
+one with a ``.idx`` beside it Megatron's.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import numpy as np
 
 from ..errors import FormatError
 from ..shardio.assets import load_json
+from .megatron_tokens import read_index
 
 #: Ids of a document, and which of them are learned (None: all).
 Encoded = tuple[np.ndarray, np.ndarray | None]
@@ -77,9 +79,12 @@ def open_token_file(path: Path) -> TokenFile:
     about = load_json(beside) if beside.is_file() else {}
     if not isinstance(about, dict):
         raise FormatError(f"{beside}: expected a JSON object")
+    starts, learned = (_beside(path, name) for name in ("starts", "learned"))
     try:
         if path.suffix == ".bin":
             kind = np.dtype(str(about.get("dtype", "uint16")))
+            if path.with_suffix(".idx").is_file():
+                kind, starts = read_index(path.with_suffix(".idx"), path.stat().st_size)
             tokens = np.memmap(path, kind, "r") if path.stat().st_size else np.empty(0, kind)
         else:
             tokens = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -89,7 +94,6 @@ def open_token_file(path: Path) -> TokenFile:
         raise FormatError(
             f"{path}: holds {tokens.dtype} {list(tokens.shape)}, not a row of uint16 or uint32"
         )
-    starts, learned = (_beside(path, name) for name in ("starts", "learned"))
     if starts is not None and (
         starts.dtype != np.int64 or not len(starts) or starts[0] or starts[-1] >= len(tokens)
     ):

@@ -231,3 +231,27 @@ def test_text_is_encoded_once(tmp_path: Path) -> None:
     assert equal(again.batch(3, 2), data.batch(3, 2))
     text.write_text('{"text": "another"}\n')
     assert token_path(config, tmp_path / "run") != made
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "int32"])
+def test_megatron_files(tmp_path: Path, dtype: str) -> None:
+    indexed = pytest.importorskip("megatron.core.datasets.indexed_dataset")
+    builder = indexed.IndexedDatasetBuilder(str(tmp_path / "t.bin"), dtype=getattr(np, dtype))
+    builder.add_document(torch.tensor([5, 6, 7, 1, 2]), [3, 2])  # two sequences
+    builder.add_document(torch.tensor([9, 8]), [2])
+    builder.finalize(str(tmp_path / "t.idx"))
+    file = open_token_file(tmp_path / "t.bin")
+    assert file.tokens.tolist() == [5, 6, 7, 1, 2, 9, 8]
+    assert file.starts.tolist() == [0, 5]
+    assert open_tokens(tmp_path / "t.bin", 4, 0, 10, packing="first_fit").samples == 2
+    data = (tmp_path / "t.idx").read_bytes()
+    for damaged, said in (
+        (b"MMIDIDY" + data[7:], "not an index"),
+        (data[:30], "not an index"),
+        (data[:60], "cut off"),
+        (data[:17] + b"\x07" + data[18:], "type 7"),
+        (data[:34] + b"\x09" + data[35:], "not those of the .bin"),
+    ):
+        (tmp_path / "t.idx").write_bytes(damaged)
+        with pytest.raises(FormatError, match=said):
+            open_token_file(tmp_path / "t.bin")
