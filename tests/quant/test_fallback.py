@@ -48,7 +48,7 @@ def test_torch_writes_ggmls_bytes(name, torch_alone):
 
 @pytest.mark.parametrize("device", ["cpu", "cpu:0", "native"])
 def test_large_nvfp4_scales_are_ggmls(device, monkeypatch):
-    """ggml has no scales between 240 and 448: from 248 on, half way to the next binade, it is 448."""
+    """ggml has no scale between 240 and 448, and takes 448 from 248 on."""
     if device != "native":
         monkeypatch.setattr(codec, "_native", lambda: None)
     x = np.zeros((6, 64), np.float32)
