@@ -25,6 +25,8 @@ loader = base.ModelBase.load_hparams
 def load(dir_model, is_mistral_format):
     found = loader(dir_model, is_mistral_format)
     raw = json.load(open(dir_model / "config.json"))
+    if keep == "*":
+        return raw
     return {**found, **{k: raw[k] for k in keep.split(",") if k in raw}}
 base.ModelBase.load_hparams = staticmethod(load)
 import conversion.baichuan as baichuan
@@ -54,7 +56,7 @@ def official_convert(
         out: the GGUF to write.
         kind: f32, f16, bf16, q8_0 or auto.
         pre: pre-tokenizer name, instead of the recognized one.
-        keep: entries of config.json to take as they are.
+        keep: entries of config.json to take as they are; ``*``: nothing but these.
     """
     arguments = [str(source), pre, ",".join(keep), str(folder), "--outfile", str(out)]
     _run([sys.executable, "-c", _DRIVER, *arguments, "--outtype", kind])

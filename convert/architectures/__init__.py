@@ -12,6 +12,7 @@ from importlib import import_module
 from types import MappingProxyType
 
 from ...errors import ConfigError, UnsupportedError, did_you_mean
+from ._bert_like import POOLING
 from ._config import complete_config, layer_count
 from ._lines import Line, table_lines
 from ._mapping import MappedTensor, Match, map_tensors, mapped_tensors, match_tensors
@@ -21,6 +22,7 @@ from ._restore import Stored, restored_config
 from ._transforms import TRANSFORMS, Transform
 
 __all__ = [
+    "POOLING",
     "TRANSFORMS",
     "Architecture",
     "Line",

@@ -1,9 +1,9 @@
 """A tensor table spelled out for one model: every line with full names, layer by layer.
 
-``{n}`` becomes the layer (``{m}``: counted from the last), ``{e}``/``{h}``/``{k}`` all experts,
-query heads or key-value heads, ``{q}`` the two parts of quantized blocks. The order of lines is
-that of llama.cpp's converter, which goes through the Hugging Face names in alphabetical order and
-writes a stack when its last part has come.
+``{n}`` becomes the layer (``{m}``: counted from the last), ``{a}``/``{e}``/``{h}``/``{k}`` all
+experts, query heads or key-value heads, ``{q}`` the two parts of quantized blocks. The order of
+lines is that of llama.cpp's converter, which goes through the Hugging Face names in alphabetical
+order and writes a stack when its last part has come.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ...errors import ConfigError
 from ._config import layer_count, prediction_layers
 from ._record import Architecture, Config, TensorRule, dimensions
 
-_COUNTS = {"{e}": "experts", "{h}": "heads", "{k}": "kv_heads"}
+_COUNTS = {"{a}": "others", "{e}": "experts", "{h}": "heads", "{k}": "kv_heads"}
 #: The two tensors that MXFP4 comes as.
 _QUANTIZED = ("blocks", "scales")
 _FIRST = "\0"
@@ -48,7 +48,7 @@ class Line:
         """The Hugging Face name, a stack's with a star."""
         if len(self.sources) == 1:
             return self.sources[0]
-        before, _, after = re.sub(r"\{[ehkq]\}", "*", self.rule.hf).partition("*")
+        before, _, after = re.sub(r"\{[aehkq]\}", "*", self.rule.hf).partition("*")
         layer = re.search(r"\.(\d+)\.", self.sources[0])
         number = layer[1] if layer else ""
         suffix = "" if self.rule.exact else self.sources[0][self.sources[0].rindex(".") :]

@@ -25,6 +25,7 @@ _OTHER_PARTS = re.compile(
     r"(^|\.)(vision_tower|vision_model|visual|audio_tower|embed_vision|embed_audio"
     r"|multi_modal_projector)\."
 )
+_STACKS = {"{e}": "stack", "{a}": "stack_others"}
 _HEADS = ("lm_head.", "embed_out.")
 _SHOWN = 12
 _HINTED = 40
@@ -125,7 +126,7 @@ def mapped_tensors(architecture: Architecture, config: Config, match: Match) -> 
     out = []
     for line in match.lines:
         parts = [match.tensors[name] for name in line.sources]
-        how = line.rule.transform or ("stack" if "{e}" in line.rule.hf else "")
+        how = line.rule.transform or _stacking(line.rule.hf)
         try:
             made = TRANSFORMS[how].apply(parts, sizes)
         except ValueError as error:
@@ -134,6 +135,10 @@ def mapped_tensors(architecture: Architecture, config: Config, match: Match) -> 
             blocks = tensor if isinstance(tensor, BlockTensor) else None
             out.append(MappedTensor(name, line.title, tensor, line.rule.keep_f32, blocks))
     return out
+
+
+def _stacking(hf: str) -> str:
+    return next((how for mark, how in _STACKS.items() if mark in hf), "")
 
 
 def _class(config: Config) -> str:
@@ -198,9 +203,10 @@ def _missing(chosen: list[Line], found: Mapping[str, LazyTensor], aliases: set[s
 def _unknown(lines: list[Line], chosen: list[Line], found: Mapping[str, LazyTensor]) -> list[str]:
     used = {name for line in chosen for name in line.sources}
     known = {name for line in lines for name in line.sources}
+    spare = {name for line in lines if line.rule.optional for name in line.sources}
     out: list[str] = []
     for name in found:
-        if name in used:
+        if name in used or name in spare:
             continue
         deeper = re.sub(r"\.\d+\.", ".0.", name, count=1)
         if name in known:
@@ -234,6 +240,10 @@ def _rows_hint(rows: int, vocab: int) -> str:
     if rows > vocab:
         return (
             f": {rows - vocab} rows more than vocab_size; if they are padding, trim them with "
-            f"--vocab-size {vocab}, if tokens were added, correct vocab_size in config.json"
+            f"--vocab-size {vocab}, if tokens were added, correct vocab_size in config.json, or "
+            "let --vocab-fix pad (or trim) bring rows and tokens together"
         )
-    return ": fewer rows than vocab_size; config.json or the tokenizer belongs to another model"
+    return (
+        ": fewer rows than vocab_size; config.json or the tokenizer belongs to another model, or "
+        "the embedding was not resized: --vocab-fix pad adds rows of zeros, trim drops tokens"
+    )

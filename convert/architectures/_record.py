@@ -29,11 +29,11 @@ Default = Any | Callable[[Config], Any]
 class TensorRule:
     """One line of a tensor table: which Hugging Face tensors become which GGUF tensors.
 
-    ``{n}`` in a name is the layer. ``{e}``, ``{h}`` or ``{k}`` in the Hugging Face name stand for
-    every expert, query head or key-value head; those tensors are stacked. ``{q}`` stands for the
-    blocks and scales of MXFP4, ``{m}`` for the number of a prediction layer. Several rules for one
-    GGUF tensor are alternatives: the one whose tensors are there is taken, the first is what a
-    model should have.
+    ``{n}`` in a name is the layer. ``{e}``, ``{h}``, ``{k}`` or ``{a}`` in the Hugging Face name
+    stand for every expert, query head, key-value head or other; those tensors are stacked. ``{q}``
+    stands for the blocks and scales of MXFP4, ``{m}`` for the number of a prediction layer. Several
+    rules for one GGUF tensor are alternatives: the one whose tensors are there is taken, the first
+    is what a model should have.
 
     Attributes:
         gguf: GGUF name without suffix; several when a fused tensor is cut.
@@ -189,12 +189,13 @@ def dimensions(architecture: Architecture, config: Config) -> dict[str, int]:
             "kv": kv_heads * dim,
             "qkv": (q_heads + 2 * kv_heads) * dim,
         }
+    own = architecture.sizes(config)
     for name, keys in _SIZES.items():
         found = next((key for key in keys if config.get(key) is not None), None)
-        if found is not None:
+        if found is not None and name not in own:
             sizes[name] = _whole(found, config[found])
             sizes[f"2{name}"] = 2 * sizes[name]
-    return sizes | dict(architecture.sizes(config))
+    return {**sizes, **own}
 
 
 def _whole(key: str, value: Any) -> int:

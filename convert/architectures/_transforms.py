@@ -13,6 +13,7 @@ from functools import partial
 
 import numpy as np
 
+from ...shardio import from_array
 from ...shardio.tensor import LazyTensor, concat
 from ..gguf.tensors import BlockTensor
 from ..movement import (
@@ -74,6 +75,29 @@ def _stacks(name: str) -> Transform:
 
 def _transpose(tensors: Tensors, sizes: Sizes) -> list[LazyTensor]:
     return [transpose(t) for t in tensors]
+
+
+def _from_first_position(tensors: Tensors, sizes: Sizes) -> list[LazyTensor]:
+    return [t.slice([slice(sizes["first_position"], None)]) for t in tensors]
+
+
+def _with_rows_before(tensors: Tensors, sizes: Sizes) -> list[LazyTensor]:
+    out = []
+    for t in tensors:
+        unused = np.zeros((sizes["first_position"], *t.shape[1:]), t.dtype)
+        out.append(concat([from_array(unused), t]))
+    return out
+
+
+def _fill_rows(tensors: Tensors, sizes: Sizes) -> list[LazyTensor]:
+    out = []
+    for t in tensors:
+        absent = sizes["vocab"] - t.shape[0]
+        if absent < 0:
+            raise ValueError(f"{t.shape[0]} rows, but the model has {sizes['vocab']} tokens")
+        rest = np.zeros((absent, *t.shape[1:]), t.dtype)
+        out.append(concat([t, from_array(rest)]) if absent else t)
+    return out
 
 
 def _join(tensors: Tensors, axis: int) -> LazyTensor:
@@ -181,6 +205,11 @@ TRANSFORMS: Mapping[str, Transform] = {
     "stack": _stacks("experts"),
     "stack_heads": _stacks("heads"),
     "stack_kv_heads": _stacks("kv_heads"),
+    # position embeddings without the rows before the first
+    "from_first_position": Transform(_from_first_position, _with_rows_before),
+    "stack_others": _stacks("others"),
+    # zeros for the tokens that have no row; they stay
+    "fill_rows": Transform(_fill_rows, _same),
     # [in, out] -> [out, in]
     "transpose": Transform(_transpose, _transpose),
     # [..., gate ; up, in] -> gate, up

@@ -5,10 +5,19 @@ Rotary pairs are adjacent in llama.cpp, so query and key rows are permuted.
 
 from __future__ import annotations
 
+from ..gguf.values import KeyValue
 from ..tokenizers import TokenizerRule
+from ._bert_like import pooling_keys
 from ._blocks import FRAME, NORMS, attention, ungated_mlp
 from ._llama_like import adjust_vocabulary, extra_keys, rope_freqs
-from ._record import Architecture, ExtraTensor, head_dim
+from ._record import Architecture, Config, ExtraTensor, head_dim
+
+_llama_keys = extra_keys("arcee")
+
+
+def _extra_keys(config: Config) -> list[KeyValue]:
+    return [*_llama_keys(config), *pooling_keys("arcee", config)]
+
 
 ARCHITECTURE = Architecture(
     name="arcee",
@@ -28,7 +37,7 @@ ARCHITECTURE = Architecture(
             "rope_theta": 10000.0,
         },
     },
-    extra_keys=extra_keys("arcee"),
+    extra_keys=_extra_keys,
     extra_tensors=(ExtraTensor("rope_freqs.weight", rope_freqs),),
     tokenizer=TokenizerRule(kinds=("spm", "spm_json", "bpe"), space_prefix=True),
     adjust_vocabulary=adjust_vocabulary,

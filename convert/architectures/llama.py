@@ -45,7 +45,7 @@ ARCHITECTURE = Architecture(
     extra_keys=extra_keys("llama"),
     extra_tensors=(ExtraTensor("rope_freqs.weight", rope_freqs),),
     restore=restore,
-    tokenizer=TokenizerRule(kinds=("spm", "spm_json", "bpe"), space_prefix=True),
+    tokenizer=TokenizerRule(kinds=("tekken", "spm", "spm_json", "bpe"), space_prefix=True),
     adjust_vocabulary=adjust_vocabulary,
     tensors=(*FRAME, *NORMS, *attention(permuted=True), *gated_mlp(bias="maybe")),
 )

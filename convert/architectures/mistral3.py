@@ -75,7 +75,7 @@ ARCHITECTURE = Architecture(
     },
     extra_keys=_extra_keys,
     extra_tensors=(ExtraTensor("rope_freqs.weight", rope_freqs),),
-    tokenizer=TokenizerRule(kinds=("spm", "spm_json", "bpe"), space_prefix=True),
+    tokenizer=TokenizerRule(kinds=("tekken", "spm", "spm_json", "bpe"), space_prefix=True),
     adjust_vocabulary=adjust_vocabulary,
     tensors=(*FRAME, *NORMS, *attention(permuted=True), *gated_mlp(bias="maybe")),
     notes="text only: a vision tower is left out",

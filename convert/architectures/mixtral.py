@@ -40,7 +40,7 @@ ARCHITECTURE = Architecture(
     extra_tensors=(ExtraTensor("rope_freqs.weight", rope_freqs),),
     restore=restore,
     adjust_vocabulary=adjust_vocabulary,
-    tokenizer=TokenizerRule(kinds=("spm", "spm_json", "bpe"), space_prefix=True),
+    tokenizer=TokenizerRule(kinds=("tekken", "spm", "spm_json", "bpe"), space_prefix=True),
     tensors=(
         *FRAME,
         *NORMS,

@@ -93,6 +93,11 @@ def i32_array(key: str, value: Sequence[int] | np.ndarray) -> KeyValue:
     return KeyValue(key, ValueType.ARRAY, np.asarray(value, np.int32), ValueType.I32)
 
 
+def booleans(key: str, value: Sequence[bool]) -> KeyValue:
+    """Return an array entry of BOOL."""
+    return KeyValue(key, ValueType.ARRAY, list(value), ValueType.BOOL)
+
+
 def f32_array(key: str, value: Sequence[float] | np.ndarray) -> KeyValue:
     """Return an array of 32-bit floats."""
     return KeyValue(key, ValueType.ARRAY, np.asarray(value, np.float32), ValueType.F32)

@@ -3,7 +3,8 @@
 An architecture says which kinds its tokenizers may have; the first whose files are there wins, as
 in llama.cpp's converter. Tried in this order: ``tekken`` (``tekken.json`` alone), ``unigram``
 (SentencePiece or ``tokenizer.json``), ``spm`` (``tokenizer.model``), ``spm_json`` (a SentencePiece
-model inside ``tokenizer.json``), ``bpe`` (byte-level BPE), ``wordpiece``.
+model inside ``tokenizer.json``), ``gemma4`` (the same, with its merges), ``bpe`` (byte-level BPE),
+``wordpiece``.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from .hf_json import BpeTokenizer, load_bpe
 from .pre import find_pre
 from .special import load_specials
 from .spm import Pieces, load_spm
-from .spm_json import is_spm_json, spm_pieces
+from .spm_json import is_spm_json, spm_pieces, unranked_pieces
 from .tekken import FILE as TEKKEN
 from .tekken import load_tekken
 from .unigram import FAIRSEQ, MODELS, Unigram, load_unigram
@@ -32,6 +33,7 @@ _FILES = {
     "unigram": (*MODELS, FAIRSEQ, "tokenizer.json"),
     "spm": ("tokenizer.model",),
     "spm_json": ("tokenizer.json",),
+    "gemma4": ("tokenizer.json",),
     "bpe": ("tokenizer.json", "vocab.json"),
     "wordpiece": ("tokenizer.json", "vocab.txt"),
 }
@@ -40,6 +42,7 @@ _TITLES = {
     "unigram": "Unigram",
     "spm": "SentencePiece",
     "spm_json": "SentencePiece",
+    "gemma4": "SentencePiece",
     "bpe": "BPE",
     "wordpiece": "WordPiece",
 }
@@ -147,6 +150,8 @@ def _from_json(source: _Source, rule: TokenizerRule) -> Vocabulary:
     tokenizer = load_bpe(files)
     if "spm_json" in rule.kinds and is_spm_json(tokenizer):
         return _spm(source, spm_pieces(tokenizer, source.vocab_size))
+    if "gemma4" in rule.kinds and is_spm_json(tokenizer):
+        return _gemma4(source, tokenizer)
     if "bpe" not in rule.kinds:
         raise ConfigError(f"{files.folder}: this architecture needs {', '.join(_readable(rule))}")
     return _bpe(source, tokenizer)
@@ -165,6 +170,20 @@ def _spm(source: _Source, pieces: Pieces) -> Vocabulary:
         types=types,
         scores=scores,
         specials=load_specials(source.files, source.config, len(tokens)),
+        chat_template=load_chat_template(source.files),
+    )
+
+
+def _gemma4(source: _Source, tokenizer: BpeTokenizer) -> Vocabulary:
+    tokens, scores, types = unranked_pieces(tokenizer, source.vocab_size, source.settings)
+    return Vocabulary(
+        model="gemma4",
+        pre="gemma4",
+        tokens=tokens,
+        types=types,
+        scores=scores,
+        merges=tokenizer.merges,
+        specials=load_specials(source.files, source.config),
         chat_template=load_chat_template(source.files),
     )
 

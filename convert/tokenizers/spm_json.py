@@ -8,6 +8,8 @@ SentencePiece scores its own BPE pieces, so the result tokenizes as the lost ``t
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -49,6 +51,32 @@ def spm_pieces(tokenizer: BpeTokenizer, vocab_size: int | None) -> Pieces:
             # single characters come after all merges, in the order of their ids
             scores[index] = -float(ranks.get(token, len(ranks) + index))
     return tokens, scores, types
+
+
+def unranked_pieces(
+    tokenizer: BpeTokenizer, vocab_size: int | None, settings: Mapping[str, Any]
+) -> Pieces:
+    """Return tokens, scores and types for a vocabulary that goes along with its merges.
+
+    Scores say nothing then. Control tokens are those that ``tokenizer_config.json`` names.
+
+    Raises:
+        ConfigError: the tokenizer has more tokens than the model.
+    """
+    tokens, types = bpe_tokens(tokenizer, vocab_size)
+    named = {token_text(v) for k, v in settings.items() if k.endswith("_token")}
+    more = settings.get("additional_special_tokens") or settings.get("extra_special_tokens") or []
+    named |= {token_text(v) for v in (more.values() if isinstance(more, Mapping) else more)}
+    for index, (token, kind) in enumerate(zip(tokens, types, strict=True)):
+        if _BYTE.fullmatch(token):
+            types[index] = int(TokenType.BYTE)
+        elif token in named:
+            types[index] = int(TokenType.CONTROL)
+        elif token in tokenizer.vocab and kind != TokenType.UNUSED:
+            types[index] = int(TokenType.NORMAL)
+        elif kind == TokenType.CONTROL:
+            types[index] = int(TokenType.USER_DEFINED)
+    return tokens, np.full(len(tokens), ADDED_SCORE, np.float32), types
 
 
 def _reversed(tokenizer: BpeTokenizer) -> list[tuple[int, str]]:

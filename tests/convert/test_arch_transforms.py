@@ -131,6 +131,7 @@ CASES |= {
         lambda s: [(s["q"] + 2 * s["kv"], 3)],
         lambda x, s: three(grouped(x[0], s), s),
     ),
+    "stack_others": (lambda s: [(2, 3)] * s["groups"], lambda x, s: [np.stack(x)]),
     "column": (lambda s: [(4,)], lambda x, s: [x[0][:, None]]),
     "squeeze": (lambda s: [(4, 1, 3)], lambda x, s: [x[0][:, 0]]),
     "by_group": (lambda s: [(2 * s["groups"],)], lambda x, s: [x[0].reshape(s["groups"], 2)]),
@@ -151,13 +152,26 @@ CASES |= {
     ),
 }
 #: Those with tests of their own.
-OTHERS = {"mxfp4", "mxfp4_alternating_gate_up", "ternary"} | {
+OTHERS = {"from_first_position", "fill_rows", "mxfp4", "mxfp4_alternating_gate_up", "ternary"} | {
     f"negative_exp{how}" for how in ("", "_column", "_tiled")
 }
 
 
 def test_every_transform_has_a_case() -> None:
     assert {*CASES, *OTHERS} == set(TRANSFORMS)
+
+
+def test_rows_of_embeddings() -> None:
+    rows = from_array(np.arange(10, dtype=np.float32).reshape(5, 2))
+    sizes = {"first_position": 2, "vocab": 7}
+    [cut] = TRANSFORMS["from_first_position"].apply([rows], sizes)
+    np.testing.assert_array_equal(cut.read(), rows.read()[2:])
+    [back] = TRANSFORMS["from_first_position"].undo([cut], sizes)
+    np.testing.assert_array_equal(back.read(), [[0, 0], [0, 0], [4, 5], [6, 7], [8, 9]])
+    [full] = TRANSFORMS["fill_rows"].apply([rows], sizes)
+    np.testing.assert_array_equal(full.read(), [*rows.read(), [0, 0], [0, 0]])
+    with pytest.raises(ValueError, match="5 rows"):
+        TRANSFORMS["fill_rows"].apply([rows], {"vocab": 3})
 
 
 @given(keys=st.integers(1, 3), ratio=st.integers(1, 3))
@@ -224,7 +238,7 @@ def test_there_and_back(name: str, drawn: dict[str, int]) -> None:
     sizes = {**drawn, "heads": kv * drawn["ratio"]}
     sizes |= {"q": sizes["heads"] * drawn["head"], "kv": kv * drawn["head"]}
     sizes |= {"key_heads": kv, "value_heads": sizes["heads"], "value_head": drawn["v"]}
-    sizes["key_head"] = drawn["nope"]
+    sizes |= {"key_head": drawn["nope"], "others": drawn["groups"]}
     given_ = [
         np.arange(np.prod(shape), dtype=np.float32).reshape(shape) + 1000 * i
         for i, shape in enumerate(shapes(sizes))

@@ -193,6 +193,14 @@ def save_spm(model: Path, folder: Path) -> int:
     return 32000
 
 
+def save_spm_json(model: Path, folder: Path) -> int:
+    """Write Llama 2's tokenizer as ``tokenizer.json`` alone; return the number of tokens."""
+    size = save_spm(model, folder)
+    (folder / "tokenizer.model").unlink()
+    (folder / "tokenizer.json").write_text(json.dumps(spm_document(model)), encoding="utf-8")
+    return size
+
+
 SIZES = {
     "hidden_size": 64,
     "intermediate_size": 160,

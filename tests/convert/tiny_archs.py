@@ -20,18 +20,36 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 import tiny
+import tiny_tokenizers
 from tiny_families import FAMILIES as USUAL
-from tiny_families import SIZES, SPM, Family
+from tiny_families import SIZES, SPM, SPM_JSON, Family
 from tiny_families_more import FAMILIES as MORE
 
-__all__ = ["FAMILIES", "OFFICIAL", "SPM"]
+__all__ = ["FAMILIES", "OFFICIAL", "SPM", "SPM_JSON"]
 KEEP = 600
 FAMILIES: Mapping[str, Family] = {**USUAL, **MORE}
 OFFICIAL = [name for name, family in FAMILIES.items() if family.official]
 
 
+def pre_tokenizer(family: Family) -> str:
+    """Return the name of the pre-tokenizer that a hash over the vocabulary does not tell."""
+    known = family.vocab.startswith(SPM) or family.vocab in tiny_tokenizers.KINDS
+    return "" if known else family.vocab
+
+
+def kept(family: Family) -> list[str]:
+    """Return the entries of config.json that llama.cpp's converter shall take as they are."""
+    return ["*"] if family.made else [*family.written]
+
+
 def vocabulary(folder: Path, data: Path, family: Family) -> int:
     """Write the tokenizer; return the number of tokens."""
+    if family.vocab in tiny_tokenizers.KINDS:
+        folder.mkdir(parents=True, exist_ok=True)
+        tiny_tokenizers.KINDS[family.vocab][0](folder, data)
+        return int(json.loads((folder / "config.json").read_text())["vocab_size"])
+    if family.vocab == SPM_JSON:
+        return tiny.save_spm_json(data / "llama2-tokenizer.model", folder)
     if family.vocab == SPM:
         return tiny.save_spm(data / "llama2-tokenizer.model", folder)
     size = tiny.save_bpe(data / "vocab" / f"ggml-vocab-{family.vocab}.gguf", folder, KEEP)
@@ -97,19 +115,18 @@ def to_mxfp4(record: dict[str, Any]) -> dict[str, Any]:
 
 def pack(shapes: Mapping[str, list[int]]) -> list[Any]:
     """Return names and shapes, runs of numbers folded: [pattern, [first, end, step] ..., shape]."""
-    folded: dict[str, tuple[list[set[int]], list[int]]] = {}
+    folded: dict[tuple[str, tuple[int, ...]], list[str]] = {}
     for name, shape in shapes.items():
-        numbers = [int(n) for n in re.findall(r"\.(\d+)(?=\.)", name)]
-        pattern = re.sub(r"\.\d+(?=\.)", ".{}", name)
-        seen, _ = folded.setdefault(pattern, ([set() for _ in numbers], shape))
-        for known, n in zip(seen, numbers, strict=True):
-            known.add(n)
-    packed = []
-    for pattern, (seen, shape) in folded.items():
-        runs = [sorted(known) for known in seen]
+        folded.setdefault((re.sub(r"\.\d+(?=\.)", ".{}", name), tuple(shape)), []).append(name)
+    packed: list[Any] = []
+    for (pattern, shape), names in folded.items():
+        numbers = [[int(n) for n in re.findall(r"\.(\d+)(?=\.)", name)] for name in names]
+        runs = [sorted(set(column)) for column in zip(*numbers, strict=True)]
         steps = [run[1] - run[0] if len(run) > 1 else 1 for run in runs]
         ranges = [[run[0], run[-1] + 1, step] for run, step in zip(runs, steps, strict=True)]
-        packed.append([pattern, *ranges, shape])
+        one = [pattern, *ranges, list(shape)]
+        regular = sorted(n for n, _ in unpack([one])) == sorted(names)
+        packed += [one] if regular else [[name, list(shape)] for name in names]
     assert dict(unpack(packed)) == dict(shapes)
     return packed
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-SPM = "spm"
+SPM, SPM_JSON = "spm", "spm.json"
 SIZES = {
     "hidden_size": 64,
     "intermediate_size": 96,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from tiny_families import SIZES, SPM, Family
+from tiny_families import SIZES, SPM, SPM_JSON, Family
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -82,7 +82,7 @@ LINEAR = {
     "head_dim": 16,
     "linear_conv_kernel_dim": 4,
     "linear_key_head_dim": 16,
-    "linear_value_head_dim": 8,
+    "linear_value_head_dim": 16,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 6,
     "num_experts": 4,
@@ -120,6 +120,36 @@ def prediction(mlp: Mapping[str, tuple[int, ...]]) -> Shapes:
     return {f"mtp.{k}.weight": s for k, s in {**inner, **MTP_FRAME}.items()}
 
 
+GEMMA4_ROPE = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+    "full_attention": {
+        "rope_type": "proportional",
+        "partial_rotary_factor": 0.25,
+        "rope_theta": 1000000.0,
+    },
+}
+GEMMA4 = {
+    "head_dim": 16,
+    "num_hidden_layers": 8,
+    "rope_parameters": GEMMA4_ROPE,
+    "sliding_window": 32,
+    "layer_types": [*(["sliding_attention"] * 3), "full_attention"] * 2,
+    "hidden_size_per_layer_input": 32,
+    "vocab_size_per_layer_input": 32000,
+    "per_layer_config": {"03": {"head_dim": 32}, "07": {"head_dim": 32}},
+}
+T5 = {
+    **dict.fromkeys(SIZES),
+    "d_model": 64,
+    "d_kv": 16,
+    "d_ff": 96,
+    "num_layers": 2,
+    "num_heads": 4,
+    "decoder_start_token_id": 0,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "n_positions": 128,
+}
 FAMILIES: Mapping[str, Family] = {
     "mistral3": Family("Ministral3", "gpt-2", {"rope_parameters": YARN, "head_dim": 32}),
     "seed_oss": Family("SeedOss", "gpt-2", {"head_dim": 32}),
@@ -144,7 +174,7 @@ FAMILIES: Mapping[str, Family] = {
             "bos_token_id": 1,
         },
     ),
-    "exaone4": Family("Exaone4", "gpt-2", {"sliding_window": 32, "num_hidden_layers": 4}),
+    "exaone4": Family("Exaone4", "gpt-2", {"sliding_window": 32, "num_hidden_layers": 64}),
     "ernie4_5": Family("Ernie4_5", SPM, {"head_dim": 32}),
     "hunyuan-dense": Family("HunYuanDenseV1", "gpt-2", {"head_dim": 16}),
     "bitnet": Family(
@@ -259,5 +289,127 @@ FAMILIES: Mapping[str, Family] = {
         more=prediction(MTP_MOE),
         base_config="Qwen3_5MoeText",
         exact=("A_log",),
+    ),
+    "gemma4": Family(
+        "Gemma4",
+        SPM_JSON,
+        {**GEMMA4, "num_kv_shared_layers": 4, "use_double_wide_mlp": True},
+        base_config="Gemma4Text",
+    ),
+    "gemma4-moe": Family(
+        "Gemma4",
+        SPM_JSON,
+        {
+            **GEMMA4,
+            "hidden_size_per_layer_input": 0,
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 32,
+        },
+        base_config="Gemma4Text",
+    ),
+    "cohere2moe": Family(
+        "Cohere2Moe",
+        "gpt-2",
+        {
+            "num_hidden_layers": 4,
+            "sliding_window": 32,
+            "logit_scale": 0.25,
+            "num_experts": 4,
+            "head_dim": 16,
+            "num_shared_experts": 1,
+        },
+    ),
+    "bert": Family(
+        "", "bert", {"num_key_value_heads": None}, model="BertModel", base_config="Bert"
+    ),
+    "xlm-roberta": Family(
+        "",
+        "xlmr",
+        {"num_key_value_heads": None, "pad_token_id": 1, "bos_token_id": 0},
+        model="XLMRobertaModel",
+        base_config="XLMRoberta",
+    ),
+    "roberta": Family(
+        "",
+        "gpt-2",
+        {"num_key_value_heads": None, "pad_token_id": 1, "bos_token_id": 0},
+        model="RobertaModel",
+        base_config="Roberta",
+    ),
+    "nomic-bert": Family(
+        "",
+        "bert",
+        {
+            "architectures": ["NomicBertModel"],
+            "model_type": "nomic_bert",
+            "n_embd": 64,
+            "n_head": 4,
+            "n_inner": 96,
+            "n_layer": 2,
+            "n_positions": 8192,
+            "max_trained_positions": 2048,
+            "layer_norm_epsilon": 1e-12,
+            "rotary_emb_base": 1000,
+            "rotary_emb_fraction": 1.0,
+            "rotary_emb_interleaved": False,
+            "rotary_emb_scale_base": None,
+            "type_vocab_size": 2,
+            "activation_function": "swiglu",
+            "causal": False,
+            "prenorm": False,
+            "qkv_proj_bias": False,
+            "mlp_fc1_bias": False,
+            "mlp_fc2_bias": False,
+        },
+        made={
+            "embeddings.word_embeddings.weight": (0, 64),
+            "embeddings.token_type_embeddings.weight": (2, 64),
+            "emb_ln.weight": (64,),
+            "emb_ln.bias": (64,),
+            **{
+                f"encoder.layers.{n}.{k}": s
+                for n in range(2)
+                for k, s in {
+                    "attn.Wqkv.weight": (192, 64),
+                    "attn.out_proj.weight": (64, 64),
+                    "mlp.fc11.weight": (96, 64),
+                    "mlp.fc12.weight": (96, 64),
+                    "mlp.fc2.weight": (64, 96),
+                    "norm1.weight": (64,),
+                    "norm1.bias": (64,),
+                    "norm2.weight": (64,),
+                    "norm2.bias": (64,),
+                }.items()
+            },
+        },
+    ),
+    "t5": Family("", "t5", T5, model="T5ForConditionalGeneration", base_config="T5"),
+    "t5-gated": Family(
+        "",
+        "t5",
+        {
+            **T5,
+            "feed_forward_proj": "gated-gelu",
+            "tie_word_embeddings": False,
+        },
+        model="T5ForConditionalGeneration",
+        base_config="T5",
+    ),
+    "gemma3n": Family(
+        "Gemma3n",
+        SPM,
+        {
+            "head_dim": 16,
+            "num_hidden_layers": 10,
+            "num_kv_shared_layers": 5,
+            "sliding_window": 32,
+            "hidden_size_per_layer_input": 256,
+            "vocab_size_per_layer_input": 31990,
+            "laurel_rank": 8,
+            "activation_sparsity_pattern": [*([0.95] * 4), *([0.0] * 6)],
+        },
+        base_config="Gemma3nText",
     ),
 }
