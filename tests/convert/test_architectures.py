@@ -108,6 +108,8 @@ def test_defaults_are_those_of_transformers(name: str) -> None:
     for model_type in known:
         theirs = transformers.AutoConfig.for_model(model_type).to_dict()
         ours = complete_config({"model_type": model_type}, ALL[name])
+        if "n_embd" in ours and "n_embd" not in theirs and "n_positions" not in theirs:
+            continue  # the hub's own code has other names than transformers
         for key in ALL[name].defaults[model_type]:
             if key in theirs and key not in (
                 "rope_theta",
