@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -42,12 +43,7 @@ class EvalHook(Hook):
                 raise ConfigError("eval.prompt needs parallel.pp = 1 and parallel.cp = 1")
             self._tokenizer = load_tokenizer(config.data.tokenizer)
         if wanted.tokens is not None:
-            data = replace(config.data, tokens=wanted.tokens)
-            seq_len, folder = config.train.seq_len, config.save.folder
-            if run.first:
-                prepare(data, seq_len, folder)
-            dist.barrier()
-            self._data = open_data(data, seq_len, 0, config.model.vocab_size, folder)
+            self._data = open_other(run, wanted.tokens)
 
     def step(self, run: Run, metrics: StepMetrics) -> None:
         """Evaluate when it is time."""
@@ -65,6 +61,17 @@ class EvalHook(Hook):
             )
         if self._log.writer is not None:
             self._log.writer.evaluated(evaluation)
+
+
+def open_other(run: Run, tokens: Path) -> TokenData:
+    """Open other data than the run's, prepared alike; every rank calls this."""
+    config = run.config
+    data = replace(config.data, tokens=tokens)
+    seq_len, folder = config.train.seq_len, config.save.folder
+    if run.first:
+        prepare(data, seq_len, folder)
+    dist.barrier()
+    return open_data(data, seq_len, 0, config.model.vocab_size, folder)
 
 
 def validation_loss(run: Run, data: TokenData) -> tuple[float, int]:

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from ..convert.imatrix_write import Measured, gguf_names, write_imatrix
+from .data import TokenData
+from .eval import open_other
 from .hooks import Hook, Run
 from .mesh import DP, TOKENS
 from .metrics import StepMetrics
@@ -44,10 +46,14 @@ class Collector:
         self.counts: dict[str, Tensor] = {}
         self.rows = 0
 
-    def measure(self, step: int) -> None:
-        """Measure on the batch of a step; every rank calls this."""
+    def measure(self, step: int, other: TokenData | None = None) -> None:
+        """Measure on the batch of a step, or on that of other data; every rank calls this."""
         meshes, batch = self.run.state.meshes, self.run.config.train.batch
-        rows = self.run.data.batch(step, batch, meshes.rank(*DP), meshes.size(*DP))
+        rank, ranks = meshes.rank(*DP), meshes.size(*DP)
+        if other is None:
+            rows = self.run.data.batch(step, batch, rank, ranks)
+        else:
+            rows = other.batch(step, batch, rank, ranks)
         if not self.rows and meshes.size("pp") > 1:
             self.run.engine.evaluate(rows)  # the first time, stages also run to learn shapes
         with self._watching():
@@ -135,11 +141,14 @@ class ImatrixHook(Hook):
 
     def __init__(self) -> None:
         self._collector: Collector | None = None
+        self._other: TokenData | None = None
 
     def start(self, run: Run) -> None:
-        """Begin with nothing measured."""
+        """Begin with nothing measured; open other data if they are to be measured."""
         wanted = run.config.imatrix
         self._collector = Collector(run) if wanted.every or wanted.at_end else None
+        if wanted.at_end and wanted.tokens is not None:
+            self._other = open_other(run, wanted.tokens)
 
     def step(self, run: Run, metrics: StepMetrics) -> None:
         """Measure the step's batch when it is time."""
@@ -152,14 +161,15 @@ class ImatrixHook(Hook):
         if self._collector is None:
             return
         if run.config.imatrix.at_end:
-            for step in range(run.state.step, run.state.step + run.config.imatrix.batches):
-                self._collector.measure(step)
+            first = 0 if self._other is not None else run.state.step
+            for step in range(first, first + run.config.imatrix.batches):
+                self._collector.measure(step, self._other)
         found = self._collector.result()
         if run.first and found:
             write_imatrix(
                 run.config.save.folder / FILE,
                 found,
-                datasets=[run.config.data.tokens.name],
+                datasets=[(run.config.imatrix.tokens or run.config.data.tokens).name],
                 chunks=self._collector.rows,
                 chunk_size=run.config.train.seq_len,
             )

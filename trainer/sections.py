@@ -297,17 +297,23 @@ class EvalConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImatrixConfig:
-    """An importance matrix for quantization, measured on the training data.
+    """An importance matrix for quantization, measured on the training data or on others.
 
     Attributes:
         every: every so many steps the inputs of a training step are measured; 0: none.
         at_end: measured on ``batches`` more batches when the run is done.
         batches: of ``at_end``.
+        tokens: what ``at_end`` measures instead of the training data, as ``data.tokens``.
     """
 
     every: int = 0
     at_end: bool = False
     batches: int = 8
+    tokens: Path | None = None
+
+    def __post_init__(self) -> None:
+        _at_least("imatrix.every", self.every, 0)
+        _at_least("imatrix.batches", self.batches, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

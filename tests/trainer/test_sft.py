@@ -79,7 +79,7 @@ def prepared(folder: Path) -> RunConfig:
         eval=EvalConfig(
             every=15, batches=0, tokens=folder / "valid.jsonl", prompt="x", sample_tokens=4
         ),
-        imatrix=ImatrixConfig(at_end=True, batches=2),
+        imatrix=ImatrixConfig(at_end=True, batches=2, tokens=folder / "valid.jsonl"),
         save=SaveConfig(folder=folder / "run"),
     )
 
@@ -127,6 +127,7 @@ def test_conversations_to_gguf(ranks: Ranks, tmp_path: Path) -> None:
 
     matrix = read_imatrix(run / "imatrix.gguf")
     assert len(matrix.entries) == 2 * 7
+    assert matrix.datasets == ("valid.jsonl",)
     ckpt = open_checkpoint(tmp_path / "base", adapter=run / "adapter")
     made = to_gguf(
         ckpt,
