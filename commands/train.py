@@ -61,7 +61,7 @@ def command(
         raise ConfigError("training needs torch: pip install 'mconv[train]'")
     from ..trainer.config import load_config
     from ..trainer.degrees import resolve
-    from ..trainer.launch import launch, run_rank, torchrun_rank
+    from ..trainer.launch import launch, leave, run_rank, torchrun_rank
 
     paths = {"save.resume": resume, "model.init_from": init_from}
     said = [*settings, *(f"{k}={_absolute(v)}" for k, v in paths.items() if v is not None)]
@@ -71,6 +71,7 @@ def command(
         _show_plan(config, place[1] if place else nproc, as_json)
     elif place:
         run_rank(config, *place)
+        leave(0)
     else:
         resolve(config, nproc)
         started = time.monotonic()

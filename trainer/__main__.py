@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from ..errors import MconvError
+from .launch import leave
 
 
 def main(run: str, store: str, rank: str, world_size: str, *settings: str) -> int:
@@ -27,4 +28,4 @@ def main(run: str, store: str, rank: str, world_size: str, *settings: str) -> in
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    leave(main(*sys.argv[1:]))

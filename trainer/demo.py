@@ -15,48 +15,27 @@ from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..convert.llamacpp import have_llamacpp
-from ..convert.ollama.build import Wishes, make_modelfile
-from ..convert.ollama.facts import facts_of
-from ..convert.ollama.modelfile_values import emit
-from ..convert.quantize import quantize_gguf
-from ..convert.reshard import reshard
-from ..convert.to_gguf import to_gguf
+from ..convert.ollama.build import Wishes
 from ..errors import ConfigError, OutputError
 from ..shardio import open_checkpoint
 from ..shardio.report import Inspection, inspect_checkpoint
 from .config import RunConfig, dump_config
+from .export import MODELFILE, RECORD, ExportJob, ExportReport, Stage, export
 from .launch import launch
 from .metrics import StepMetrics, read_metrics
 from .model_config import ModelConfig
-from .proof import (
-    Proof,
-    gguf_equals_model,
-    llamacpp_says_the_same,
-    merged_equals_shards,
-    merged_equals_torch,
-)
+from .proof import Proof
 from .sections import DataConfig, OptimConfig, SaveConfig, ScheduleConfig, TrainConfig
 from .token_file import write_tokens
-from .tokenizer import encode_documents, load_tokenizer
+from .tokenizer import encode_documents
 from .train_tokenizer import train_tokenizer
 
-TARGETS = ("Q8_0", "Q4_K_M")
+TARGETS = ("F32", "Q8_0", "Q4_K_M")
 PROMPT = "The lighthouse at"
 _PIECES = 512
 _BATCH = 4
 _NAME = "lighthouse"
-_MODELFILE = "Modelfile"
 _SAMPLE_TOKENS = 192
-
-
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """A finished stage: what was made, and how long it took."""
-
-    name: str
-    detail: str
-    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +50,7 @@ class DemoReport:
         proofs: every claim, proven or not.
         prompt, text: a greedy sample of the trained model.
         files: GGUF name to bytes.
+        perplexity: of the trained model and of each GGUF, on the text.
     """
 
     folder: Path
@@ -81,6 +61,7 @@ class DemoReport:
     prompt: str
     text: str
     files: dict[str, int]
+    perplexity: dict[str, float]
 
     @property
     def ok(self) -> bool:
@@ -136,12 +117,10 @@ class _Demo:
         self.tokens = folder / "tokens.npy"
         self.tokenizer = folder / "tokenizer"
         self.logs = folder / "run"
-        self.merged = folder / "merged"
-        self.ggufs = [folder / f"{_NAME}-{kind}.gguf" for kind in ("F32", *TARGETS)]
-        made = (self.config, self.tokens, self.tokenizer, self.logs, self.merged, *self.ggufs)
-        self.made = {_MODELFILE, *(path.name for path in made)}
+        made = (self.config, self.tokens, self.tokenizer, self.logs)
+        ggufs = (f"{_NAME}-{kind}.gguf" for kind in TARGETS)
+        self.made = {MODELFILE, RECORD, "merged", *ggufs, *(path.name for path in made)}
         self.stages: list[Stage] = []
-        self.proofs: list[Proof] = []
         self._since = time.monotonic()
 
     def run(self, steps: int, processes: int, force: bool) -> DemoReport:
@@ -152,18 +131,17 @@ class _Demo:
         shards = self._train(config, processes)
         inspection = inspect_checkpoint(open_checkpoint(shards))
         self.tell(inspection)
-        self._merge(shards)
-        self._export()
-        text = self._prove(shards)
+        made = self._export(config, shards)
         return DemoReport(
             self.folder,
-            tuple(self.stages),
+            (*self.stages, *made.stages),
             inspection,
             tuple(read_metrics(self.logs)),
-            tuple(self.proofs),
+            made.proofs,
             PROMPT,
-            text,
-            {path.name: path.stat().st_size for path in self.ggufs},
+            made.text,
+            made.files,
+            made.perplexity,
         )
 
     def _config(self, steps: int, processes: int) -> RunConfig:
@@ -230,51 +208,21 @@ class _Demo:
         )
         return step_folder(self.logs, config.train.steps)
 
-    def _merge(self, shards: Path) -> None:
-        report = reshard(shards, self.merged)
-        detail = f"{report.parameters:,} parameters in {report.tensors} tensors, safetensors"
-        self._done("merge", detail)
-
-    def _export(self) -> None:
-        exact, *small = self.ggufs
-        to_gguf(self.merged, exact, "f32", name=_NAME.capitalize())
-        self._done("to-gguf", exact.name)
-        quantize_gguf(exact, self.folder / f"{_NAME}-{{type}}.gguf", TARGETS)
-        self._done("quantize", ", ".join(path.name for path in small))
-        wishes = Wishes(source=f"./{small[0].name}", context=0, parameters={"temperature": 0.0})
-        text = emit(make_modelfile(facts_of(small[0]), wishes).modelfile)
-        (self.folder / _MODELFILE).write_text(text, encoding="utf-8")
-        self._done(_MODELFILE, f"FROM ./{small[0].name}")
-
-    def _prove(self, shards: Path) -> str:
-        """Prove everything and return the sample."""
-        from .mesh import one_thread
-        from .proof import load_model
-        from .sample import greedy
-
-        model = load_model(shards)
-        self._proven(merged_equals_shards(self.merged, shards))
-        self._proven(merged_equals_torch(self.merged, model))
-        for path in self.ggufs:
-            self._proven(gguf_equals_model(path, self.merged))
-        tokenizer = load_tokenizer(self.tokenizer)
-        prompt, stop = tokenizer.encode(PROMPT, add_bos=True), tokenizer.eos_id()
-        with one_thread():
-            said = greedy(model, prompt, _SAMPLE_TOKENS, stop)
-        if have_llamacpp():
-            self._proven(llamacpp_says_the_same(self.ggufs[0], prompt, *said, _SAMPLE_TOKENS, stop))
-        detail = f"{sum(p.ok for p in self.proofs)} of {len(self.proofs)} proofs hold"
-        if not have_llamacpp():
-            detail += "; llama.cpp was not asked (pip install xllamacpp to do so)"
-        self._done("prove", detail)
-        return str(tokenizer.decode([*prompt, *said[0]]))
+    def _export(self, config: RunConfig, shards: Path) -> ExportReport:
+        job = ExportJob(
+            checkpoint=shards,
+            folder=self.folder,
+            config=config,
+            types=TARGETS,
+            name=_NAME,
+            prompt=PROMPT,
+            wishes=Wishes(source="", context=0, parameters={"temperature": 0.0}),
+            sample_tokens=_SAMPLE_TOKENS,
+        )
+        return export(job, self.tell)
 
     def _done(self, name: str, detail: str) -> None:
         now = time.monotonic()
         self.stages.append(Stage(name, detail, now - self._since))
         self._since = now
         self.tell(self.stages[-1])
-
-    def _proven(self, proof: Proof) -> None:
-        self.proofs.append(proof)
-        self.tell(proof)

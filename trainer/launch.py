@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ..errors import ConfigError, TrainError
 from .config import RunConfig
@@ -162,3 +162,13 @@ def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
 
 def _log(folder: Path, rank: int) -> Path:
     return folder / f"rank-{rank}.log"
+
+
+def leave(status: int) -> NoReturn:
+    """End the process of a rank at once.
+
+    Now and then gloo's threads abort the interpreter when it takes its modules down.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -39,11 +39,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
 def test_every_proof_holds(made: tuple[Path, dict[str, Any]]) -> None:
     _, said = made
     assert said["ok"]
-    assert len(said["proofs"]) == (6 if have_llamacpp() else 5)
+    assert len(said["proofs"]) == (8 if have_llamacpp() else 7)
     assert all(p["ok"] for p in said["proofs"])
     assert len(said["metrics"]) == STEPS
     assert said["metrics"][-1]["loss"] < said["metrics"][0]["loss"]
     assert said["text"].startswith(said["prompt"])
+    assert set(said["perplexity"]) == {"torch", "F32", "Q8_0", "Q4_K_M"}
+    assert abs(said["perplexity"]["Q8_0"] / said["perplexity"]["torch"] - 1) < 0.01
     assert said["inspection"]["layout"] == {"dp": 2}
 
 
@@ -139,6 +141,7 @@ def test_a_failed_proof_is_a_failed_command(
         prompt=said["prompt"],
         text=said["text"],
         files=said["files"],
+        perplexity=said["perplexity"],
     )
     monkeypatch.setattr(demo, "demo", lambda *_, **__: report)
     done = CliRunner().invoke(cli, ["demo"])
