@@ -27,6 +27,7 @@ _COMMANDS = {
     "gguf": "Show, edit, merge, split and hash GGUF files.",
     "quantize": "Quantize a GGUF model to one or several types.",
     "train": "Train a model under any parallel layout, on this machine or under torchrun.",
+    "pipeline": "Train, merge, export to GGUF, write a Modelfile and prove all of it.",
     "tokenize": "Encode text for training; can train a small tokenizer.",
     "plot": "Draw the curves of training runs.",
     "plan": "Recommend a parallel layout, and a GGUF type, for given GPUs.",
