@@ -112,6 +112,11 @@ def facts_of(path: str | Path, **options: Any) -> ModelFacts:
     """
     place = Path(path)
     if place.suffix == ".gguf" and place.is_file():
+        if options.get("adapter") is not None:
+            raise ConfigError(
+                f"{place}: a PEFT adapter can be merged into a checkpoint, not into a GGUF file; "
+                "give the checkpoint, or the adapter as GGUF (`mconv to-gguf ADAPTER OUT --lora`)"
+            )
         gguf = open_gguf(place)
         return make_facts(place, {key: kv.value for key, kv in gguf.entries.items()})
     source, rest = open_with(place, options)

@@ -87,6 +87,8 @@ def test_only_adapters_are_taken_for_adapters(gguf: Path, tmp_path: Path) -> Non
     assert (code != 0, "is an adapter for qwen2, not llama" in text) == (True, True)
     code, text = run("ollama", "install", gguf, "--name", "x", *store, "--adapter", gguf)
     assert (code != 0, "is no GGUF adapter" in text) == (True, True)
+    code, text = run("ollama", "install", gguf, "--name", "x", *store, "--adapter", CHAT)
+    assert (code != 0, "not into a GGUF file" in text) == (True, True)
     assert not (tmp_path / "s").exists()
 
 
