@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .restore_parts import added_token, is_padding, json_bytes, settings_of, template_of
+from .restore_ranked import ranked_merges
 from .spm import ADDED_SCORE, UNUSED_SCORE
 from .spm_proto import BPE, SpmSettings, write_model
 from .vocabulary import TokenType, Vocabulary
@@ -22,7 +23,8 @@ def spm_files(vocabulary: Vocabulary, settings: Mapping[str, Any]) -> dict[str, 
     """Return the files; ``tokenizer_config.json`` takes in ``settings``.
 
     Tokens that were added around the model have a score of their own; they go into the settings
-    and, when they come after it, not into the model.
+    and, when they come after it, not into the model. A vocabulary that was made of a
+    ``tokenizer.json`` alone becomes that again.
 
     Raises:
         FormatError: tokens that are not text.
@@ -51,7 +53,13 @@ def spm_files(vocabulary: Vocabulary, settings: Mapping[str, Any]) -> dict[str, 
         for n, kind in enumerate(kinds)
         if kind in _LISTED and not is_padding(vocabulary, n)
     ]
-    document = _document(vocabulary, texts, pieces, listed, unknown)
+    # a model file knows no tokens of a user's with scores of their own: they came without one
+    merges = None
+    if any(
+        k == TokenType.USER_DEFINED and s != ADDED_SCORE for k, s in zip(kinds, scores, strict=True)
+    ):
+        merges = ranked_merges(pieces)
+    document = _document(vocabulary, texts, pieces, listed, unknown, merges)
     full = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **settings_of(vocabulary, texts, {t["id"] for t in listed}, _said(vocabulary)),
@@ -65,7 +73,7 @@ def spm_files(vocabulary: Vocabulary, settings: Mapping[str, Any]) -> dict[str, 
         **settings,
     }
     return {
-        "tokenizer.model": model,
+        **({"tokenizer.model": model} if merges is None else {}),
         "tokenizer.json": json_bytes(document),
         "tokenizer_config.json": json_bytes(full),
     }
@@ -100,6 +108,7 @@ def _document(
     pieces: Sequence[tuple[str, float, int]],
     listed: list[dict[str, Any]],
     unknown: int,
+    merges: list[tuple[str, str]] | None,
 ) -> dict[str, Any]:
     prefix = vocabulary.add_space_prefix is not False
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
@@ -131,10 +140,11 @@ def _document(
             "continuing_subword_prefix": None,
             "end_of_word_suffix": None,
             "fuse_unk": True,
-            "byte_fallback": any(kind == TokenType.BYTE for _, _, kind in pieces),
+            "byte_fallback": merges is not None
+            or any(kind == TokenType.BYTE for _, _, kind in pieces),
             "ignore_merges": False,
             "vocab": vocab,
-            "merges": _merges(pieces),
+            "merges": _merges(pieces) if merges is None else merges,
         },
     }
 

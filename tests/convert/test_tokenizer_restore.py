@@ -26,6 +26,7 @@ from mconv.convert.tokenizers import (
 )
 from mconv.convert.tokenizers.pre_table import STRUCTURES
 from mconv.convert.tokenizers.restore import TokenizerFolder, restore_tokenizer
+from mconv.convert.tokenizers.restore_ranked import ranked_merges
 from mconv.convert.tokenizers.stored import stored_vocabulary
 from mconv.errors import FormatError, UnsupportedError
 
@@ -204,3 +205,35 @@ def test_settings_are_json(tmp_path: Path) -> None:
     made = restore_tokenizer(small(chat_template="t"), max_length=77)
     settings = json.loads(made.files["tokenizer_config.json"])
     assert settings["model_max_length"] == 77 and settings["chat_template"] == "t"
+
+
+def test_a_model_that_came_as_json_alone(tmp_path: Path, data_dir: Path) -> None:
+    """Tokens of a user's inside the model have no score then: ``tokenizer.model`` cannot say so."""
+    from tokenizers import Tokenizer
+
+    document = tiny.spm_document(data_dir / "llama2-tokenizer.model")
+    texts = {n: text for text, n in document["model"]["vocab"].items()}
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    for n in (31999, 29000):  # a letter, and a word that is merged from others
+        document["added_tokens"].append({"id": n, "content": texts[n], "special": False, **plain})
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "tokenizer.json").write_text(json.dumps(document), encoding="utf-8")
+    rule = TokenizerRule(("spm", "spm_json"))
+    found = load_vocabulary(TokenizerFiles(tmp_path / "a"), rule)
+    assert found.types[31999] == found.types[29000] == 4
+    (tmp_path / "b").mkdir()
+    files = written(tmp_path / "b", restore_tokenizer(found))
+    assert files.path("tokenizer.model") is None
+    assert packed(vocabulary_entries(load_vocabulary(files, rule))) == packed(
+        vocabulary_entries(found)
+    )
+    before, after = (Tokenizer.from_file(str(tmp_path / x / "tokenizer.json")) for x in "ab")
+    for text, ids in tiny.vectors(data_dir / "vocab" / "ggml-vocab-llama-spm.gguf"):
+        assert after.encode(text, add_special_tokens=False).ids == ids
+        assert before.encode(text, add_special_tokens=False).ids == ids
+
+
+@pytest.mark.parametrize("scores", [[-1.0, -2.0, -3.0], [-1.5, -9.0, 0.0], [-4.0, -4.0, -0.0]])
+def test_scores_that_are_no_ranks(scores: list[float]) -> None:
+    pieces = [(t, s, 1) for t, s in zip(("a", "b", "ab"), scores, strict=True)]
+    assert ranked_merges(pieces) is None
