@@ -170,14 +170,17 @@ def test_what_explain_foretells_comes_true(
     jinja = "{# tools #}" + chats.DEFAULT_SYSTEM if template == "tools" else chats.ALL[template]
     gguf = models.chat_gguf(tmp_path / "m.gguf", jinja)
     done = install(gguf, name, store, WISHES)
-    generation = explain(facts_of(gguf), done.made.modelfile.template)[1]  # from 0.30
-    assert generation.renderer == ("Jinja" if template == "tools" else "TEMPLATE")
-    assert set(server.show(str(name))["capabilities"]) == set(generation.capabilities)
     try:
         got = server.render(str(name), [("system", "Be brief."), ("user", "Hi")])
     except ServerError as error:
         pytest.skip(f"this server cannot render: {error}")
-    assert got == generation.prompt
+    capabilities = tuple(sorted(server.show(str(name))["capabilities"]))
+    foretold = explain(facts_of(gguf), done.made.modelfile.template)
+    version = tuple(int(n) for n in re.findall(r"\d+", server.version())[:3])
+    if version > (0, 0, 0):  # a build of one's own says 0.0.0 and may be of any generation
+        at = 0 if version < (0, 30, 0) else 1 if version < (0, 34, 1) else 2
+        foretold = foretold[at : at + 1]
+    assert (capabilities, got) in [(p.capabilities, p.prompt) for p in foretold]
 
 
 def test_real_templates_on_the_server(
