@@ -156,6 +156,12 @@ def _check_split_backward(config: RunConfig, d: Degrees) -> None:
 
 def _check_rest(config: RunConfig, d: Degrees) -> None:
     experts = config.model.num_experts
+    train = config.train
+    if d.tp > 1 and train.compile and train.checkpointing == "selective":
+        raise ConfigError(
+            "train.checkpointing='selective' and train.compile do not go together with parallel.tp "
+            "> 1 in torch; use checkpointing 'full' or 'none'"
+        )
     if d.ep > 1:
         if not experts:
             raise ConfigError(f"parallel.ep={d.ep}: model.num_experts is 0; use 1")

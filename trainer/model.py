@@ -66,9 +66,7 @@ class Layer(nn.Module):
     ) -> Tensor:
         return self.body(x, table, mask, numbers)
 
-    def run(
-        self, x: Tensor, table: Tensor, mask: Tensor | None, numbers: Tensor | None
-    ) -> Tensor:
+    def run(self, x: Tensor, table: Tensor, mask: Tensor | None, numbers: Tensor | None) -> Tensor:
         """Compute the layer."""
         if self.rows is not None:
             self.rows.numbers = numbers

@@ -47,6 +47,9 @@ def parallelize(part: Decoder, meshes: Meshes, config: RunConfig) -> None:
     cut_experts(part, meshes)
     if meshes.size("tp") > 1:
         cut_tensors(part, meshes.sub("tp"), config.parallel)
+        if config.train.compile and part.first:
+            # compiled layers take no tensor that is still on its way
+            part.model.embed_tokens.register_forward_hook(lambda *args: args[-1].clone())
     part.tie()
     if config.lora.rank:
         add_adapters(part, config.lora, config.train.seed)
@@ -59,16 +62,18 @@ def parallelize(part: Decoder, meshes: Meshes, config: RunConfig) -> None:
 
 
 def _wrap(layer: Layer, recompute: str, compiled: bool) -> None:
-    """Recompute and compile a layer; the names of its parameters stay as they are."""
-    if recompute != "none":
-        more: dict[str, Any] = {}
-        if recompute == "selective":
-            more["context_fn"] = _selective_contexts
-        layer.body = partial(
-            checkpoint, layer.body, use_reentrant=False, preserve_rng_state=False, **more
-        )
+    """Recompute and compile a layer; the names of its parameters stay as they are.
+
+    What is fully recomputed is compiled inside (torch 2.13 cannot compile the recomputation of
+    tensor parallel layers); what is kept selectively is chosen among compiled operations.
+    """
+    settings: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    if recompute == "selective":
+        layer.body = partial(checkpoint, layer.body, context_fn=_selective_contexts, **settings)
     if compiled:
         layer.body = torch.compile(layer.body)
+    if recompute == "full":
+        layer.body = partial(checkpoint, layer.body, **settings)
 
 
 def _selective_contexts() -> Any:

@@ -41,6 +41,13 @@ from .toys import run_config  # noqa: E402
         ("moe", {"ep": 2}, {"checkpointing": "selective"}, 2, "experts of other ranks"),
         (
             "dense",
+            {"tp": 2},
+            {"checkpointing": "selective", "compile": True},
+            2,
+            "use checkpointing 'full' or 'none'",
+        ),
+        (
+            "dense",
             {"pp": 2, "schedule": "DualPipeV"},
             {"checkpointing": "selective"},
             2,
