@@ -123,7 +123,8 @@ class ChatEncoder:
         return text, spans[max(0, len(spans) - turns) :]  # the first may be given as prompt
 
     def _said(self, template: JinjaChat, chat: Chat, count: int, generate: bool = False) -> str:
-        return template.render(chat.messages[:count], generate=generate, date=_DATE)
+        messages = chat.messages[:count]
+        return template.render(messages, generate=generate, date=_DATE, tools=chat.tools)
 
     def _encoded(self, text: str, spans: list[Span]) -> Encoded:
         ids, starts = self.tokenizer.marked(text)

@@ -25,10 +25,17 @@ _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "a
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """A conversation; the first ``given`` messages are prompt whoever said them."""
+    """A conversation.
+
+    Attributes:
+        messages: role, content and whatever else the template knows.
+        given: so many messages are prompt, whoever said them.
+        tools: functions that the assistant may call, as JSON schemas.
+    """
 
     messages: tuple[Mapping[str, Any], ...]
     given: int = 0
+    tools: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,17 +155,18 @@ def _record(row: object, where: str) -> Record:
         return row
     if not isinstance(row, dict):
         raise FormatError(f"{where}: expected an object, found {type(row).__name__}")
+    tools = tuple(t for t in row.get("tools") or () if isinstance(t, dict))
     if isinstance(row.get("messages"), list):
-        return Chat(_messages(row["messages"], where))
+        return Chat(_messages(row["messages"], where), 0, tools)
     if isinstance(row.get("conversations"), list):
         turns = [m for m in row["conversations"] if isinstance(m, dict)]
         said = [{"role": _role(m.get("from")), "content": m.get("value")} for m in turns]
-        return Chat(_messages(said, where))
+        return Chat(_messages(said, where), 0, tools)
     prompt, completion = row.get("prompt"), row.get("completion")
     if isinstance(prompt, str) and isinstance(completion, str):
         return Completion(prompt, completion)
     if isinstance(prompt, list) and isinstance(completion, list):
-        return Chat(_messages([*prompt, *completion], where), len(prompt))
+        return Chat(_messages([*prompt, *completion], where), len(prompt), tools)
     if isinstance(row.get("text"), str):
         return str(row["text"])
     raise FormatError(

@@ -87,6 +87,7 @@ class JinjaChat:
         *,
         generate: bool = True,
         date: Callable[[str], str] | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> str:
         """Return the prompt of a conversation.
 
@@ -94,6 +95,7 @@ class JinjaChat:
             messages: (role, content), or whole messages for more fields.
             generate: add the generation prompt.
             date: gives the current date in a ``strftime`` format; by default the present.
+            tools: functions that the model may call, as JSON schemas.
 
         Raises:
             TemplateRefusedError: the template refuses the conversation or fails.
@@ -104,6 +106,7 @@ class JinjaChat:
             **self.tokens,
             "messages": chat,
             "add_generation_prompt": generate,
+            **({"tools": list(tools)} if tools else {}),
             "strftime_now": now,
             "raise_exception": _raise,
         }

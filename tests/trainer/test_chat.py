@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,16 @@ def test_templates(
     assert said == expected
     [tail] = made.conversation(chat("lamps?", "yes", "ships?", "no", given=2), "here")
     assert [t.replace(" ", "") for t in learned(made, *tail)] == expected[-1][-1:]
+
+
+def test_templates_get_the_tools(tokenizers: dict[str, Path]) -> None:
+    template = "{% for t in tools %}{{ t.name }} {% endfor %}" + CHATML
+    made = encoder(tokenizers["bpe"], template)
+    said = chat("lamps?", "yes")
+    [(text, spans)] = made.rendered(replace(said, tools=({"name": "look"},)))
+    assert text.startswith("look ")
+    assert [text[a:b] for a, b in spans] == ["yes<|im_end|>\n"]
+    assert made.rendered(said)[0][0] == text.removeprefix("look ")
 
 
 def test_tokens_are_those_of_the_text(tokenizers: dict[str, Path]) -> None:
