@@ -64,6 +64,11 @@ _OPTIONS = (
     click.option("--name", help="What clients call the model (default: from its file)."),
     click.option("-q", "--quantize", metavar="TYPE", help="Type of the weights, such as Q4_K_M."),
     click.option(
+        "--imatrix",
+        type=click.Path(exists=True),
+        help="Importance matrix that guides the rounding.",
+    ),
+    click.option(
         "--publish",
         metavar="ADDRESS:PORT",
         default="127.0.0.1:8080",

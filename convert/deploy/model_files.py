@@ -106,11 +106,12 @@ def _gguf(
     progress: Progress | None,
 ) -> Placed:  # fmt: skip
     target = models / f"{name.replace('/', '-').replace(':', '-')}.gguf"
+    change = end_token_change(facts_of(source, **options))
+    wanted = QuantizeOptions(override_kv=change, imatrix=options.get("imatrix"))
     if source.suffix != ".gguf":
-        change = end_token_change(facts_of(source, **options))
-        converted(source, target, quantize, options, change=change, progress=progress)
-    elif quantize or len(open_gguf(source).paths) > 1:
-        quantize_gguf(source, target, [quantize or "COPY"], progress=progress)
+        converted(source, target, quantize, options, wanted, progress=progress)
+    elif quantize or change or len(open_gguf(source).paths) > 1:
+        quantize_gguf(source, target, [quantize or "COPY"], wanted, progress=progress)
     else:
         link_or_copy(source, target)
     digest = hash_file(target, progress)
@@ -125,15 +126,15 @@ def converted(
     target: Path,
     quantize: str | None,
     options: Mapping[str, Any],
+    wanted: QuantizeOptions,
     *,
-    change: tuple[str, ...] = (),
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> GgufReport:
     """Convert a checkpoint to GGUF in its own 16-bit type, or ``quantize``."""
     given, rest = open_with(source, options)
     return to_gguf(
-        given, target, quantize or "auto", quantization=QuantizeOptions(override_kv=change),
+        given, target, quantize or "auto", quantization=wanted,
         dry_run=dry_run, progress=progress, **rest,
     )  # fmt: skip
 
@@ -241,11 +242,13 @@ def planned(
         facts = facts_of(source, **options)
         report = reshard(given, source.with_name("planned"), Layout("hf"), dry_run=True, **rest)
         return facts, report.nbytes
+    wanted = QuantizeOptions(imatrix=options.get("imatrix"))
+    out = source.with_name("planned.gguf")
     if source.suffix != ".gguf":
-        made = converted(source, source.with_name("planned.gguf"), quantize, options, dry_run=True)
+        made = converted(source, out, quantize, options, wanted, dry_run=True)
         return make_facts(source, {kv.key: kv.value for kv in made.metadata}), made.nbytes
-    facts = facts_of(source)
+    facts = facts_of(source, **options)
     if not quantize:
         return facts, tensor_bytes(source)
-    report_ = quantize_gguf(source, source.with_name("planned.gguf"), [quantize], dry_run=True)
-    return facts, report_.outputs[0].data_bytes
+    outputs = quantize_gguf(source, out, [quantize], wanted, dry_run=True).outputs
+    return facts, outputs[0].data_bytes

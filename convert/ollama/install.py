@@ -84,8 +84,8 @@ def install(
         name: in Ollama.
         target: a models folder, or a server.
         wishes: about its Modelfile.
-        quantize: type of the weights, such as ``Q4_K_M``; by default a GGUF stays as it is, and a
-            checkpoint becomes ``auto`` (its own 16-bit type).
+        quantize: type of the weights, such as ``Q4_K_M``; by default a GGUF stays as it is,
+            but for an end token it lacks, and a checkpoint becomes ``auto`` (its own 16-bit type).
         options: of ``to_gguf`` for checkpoints, ``adapter`` (a PEFT folder to merge), ``imatrix``.
         progress: called with (bytes done, bytes in all).
 

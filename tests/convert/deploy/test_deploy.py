@@ -51,10 +51,10 @@ def test_one_screen(tmp_path: Path) -> None:
 
 
 def test_a_gguf_is_linked_not_copied(tmp_path: Path) -> None:
-    model = gguf(tmp_path)
-    done = made(tmp_path, model, kind="llama-server")
-    placed = done.folder / "models" / "chat.gguf"
-    assert placed.stat().st_ino == model.stat().st_ino
+    first = made(tmp_path / "a", kind="llama-server", name="chat")
+    model = first.folder / "models" / "chat.gguf"
+    done = made(tmp_path / "b", model, kind="llama-server")
+    assert (done.folder / "models" / "chat.gguf").stat().st_ino == model.stat().st_ino
     assert done.digests == {"chat.gguf": f"sha256:{hashlib.sha256(model.read_bytes()).hexdigest()}"}
 
 
@@ -86,8 +86,10 @@ def test_hugging_face_servers_get_a_folder(tmp_path: Path, kind: str, source: Pa
     assert replica["deploy"]["resources"]["reservations"]["devices"][0]["device_ids"] == ["1"]
 
 
-def test_an_end_token_that_llama_cpp_would_miss_is_named(tmp_path: Path) -> None:
-    done = made(tmp_path, kind="llama-server")
+@pytest.mark.parametrize("source", ["checkpoint", "gguf"])
+def test_an_end_token_that_llama_cpp_would_miss_is_named(tmp_path: Path, source: str) -> None:
+    place = gguf(tmp_path) if source == "gguf" else CHAT
+    done = made(tmp_path, place, kind="llama-server")
     file = open_gguf(done.folder / "models" / "chat.gguf")
     words = file["tokenizer.ggml.tokens"]
     assert words[file["tokenizer.ggml.eot_token_id"]] in ("<|fin|>", b"<|fin|>")
