@@ -16,41 +16,24 @@ from typing import Any
 import numpy as np
 
 from .. import __version__
-from ..errors import ConfigError, MconvError, UnsupportedError
+from ..errors import ConfigError, MconvError
 from ..shardio import Checkpoint, Layout, dtypes
 from ..shardio.assets import find_assets, load_json
 from ..shardio.safetensors_plan import plan_bytes, plan_json
 from ..shardio.staging import fingerprint, write_folder
 from ..shardio.stream import Limits, OutFile, Progress
 from ..shardio.writers import get_writer
-from .architectures import (
-    Architecture,
-    Stored,
-    architectures,
-    complete_config,
-    find_architecture,
-    restored_config,
-)
 from .from_gguf_card import generation_config, model_card
-from .from_gguf_tensors import Restored, main_dtype, refuse, restored_weights
+from .from_gguf_model import FoundModel, find_model
+from .from_gguf_tensors import main_dtype
 from .gguf import GgufFile, open_gguf
 from .gguf.files import SPLIT_KEYS
-from .gguf.tensors import GgufTensors
 from .to_gguf import to_gguf
 from .tokenizers.restore import restore_tokenizer
 from .tokenizers.stored import stored_vocabulary
 from .tokenizers.vocabulary import ID_KEYS
 
 _CONFIG = "config.json"
-_MXFP4 = {
-    "modules_to_not_convert": [
-        "model.layers.*.self_attn",
-        "model.layers.*.mlp.router",
-        "model.embed_tokens",
-        "lm_head",
-    ],
-    "quant_method": "mxfp4",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +104,7 @@ def from_gguf(
     """
     file = open_gguf(src)
     wanted = dtypes.parse(dtype) if dtype is not None else None
-    model = _model(file, wanted, Path(config) if config is not None else None)
+    model = find_model(file, wanted, _own_config(config))
     small, warnings = _small_files(file, model, Path(tokenizer) if tokenizer is not None else None)
     ckpt = Checkpoint(
         path=Path(src),
@@ -163,65 +146,17 @@ def from_gguf(
     return report
 
 
-@dataclass(frozen=True, slots=True)
-class _Model:
-    """A record, the configuration it gives and the tensors that go with it."""
-
-    architecture: Architecture
-    config: dict[str, Any]
-    restored: Restored
-
-
-def _model(file: GgufFile, dtype: np.dtype | None, own: Path | None) -> _Model:
-    """Find the record whose table fits the file's tensors."""
-    name = file.get("general.architecture")
-    if not file.tensors:
-        raise ConfigError(f"{file.paths[0]}: holds no tensors, only a vocabulary")
-    known = [r for r in architectures().values() if r.restore is not None]
-    candidates = [r for r in known if r.name == name]
-    if own is not None:
-        given = load_json(own / _CONFIG if own.is_dir() else own)
-        candidates = [find_architecture(given)]
-    if not candidates:
-        names = ", ".join(sorted({r.name for r in known}))
-        raise UnsupportedError(
-            f"{file.paths[0]}: models of the architecture {name!r} are not brought back; those of "
-            f"{names} are"
-        )
-    tried = []
-    for record in candidates:
-        config = dict(given) if own is not None else _restored(record, file)
-        restored = restored_weights(record, complete_config(config, record), file, dtype)
-        if not restored.problems:
-            if restored.packed:
-                config["quantization_config"] = _MXFP4
-            return _Model(record, config, restored)
-        tried.append((len(restored.problems), restored, record))
-    _, restored, record = min(tried, key=lambda one: one[0])
-    raise refuse(restored.problems, record, file)
-
-
-def _restored(record: Architecture, file: GgufFile) -> dict[str, Any]:
-    prefix, tensors = f"{record.name}.", GgufTensors(file)
-    stored = Stored(
-        {k.removeprefix(prefix): file[k] for k in file.entries if k.startswith(prefix)},
-        {name: info.shape for name, info in file.tensors.items()},
-        lambda name: np.asarray(tensors.values(name).read(), np.float32),
-    )
-    try:
-        config = restored_config(record, stored)
-    except ConfigError as error:
-        raise ConfigError(f"{file.paths[0]}: {error}") from error
-    ids = {role: file[key] for role, key in ID_KEYS.items() if key in file}
-    for role, index in ids.items():
-        config[f"{role}_token_id"] = index
-    for role in ("bos", "eos", "pad"):  # classes have numbers of their own for what is not said
-        config.setdefault(f"{role}_token_id", None)
-    return config
+def _own_config(path: str | Path | None) -> Mapping[str, Any] | None:
+    if path is None:
+        return None
+    found = load_json(Path(path) / _CONFIG if Path(path).is_dir() else Path(path))
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path}: expected a JSON object")
+    return found
 
 
 def _small_files(
-    file: GgufFile, model: _Model, tokenizer: Path | None
+    file: GgufFile, model: FoundModel, tokenizer: Path | None
 ) -> tuple[dict[str, bytes], list[str]]:
     """Return the files beside the weights, and warnings."""
     warnings = []

@@ -35,7 +35,8 @@ _HALF: Mapping[str, np.dtype] = {
     "F16": np.dtype(np.float16),
 }
 _DECODED = _HALF["BF16"]
-_PLAIN = ("F32", "F16", "BF16", "F64")
+#: Types whose values come back as they are.
+PLAIN_FLOATS = ("F32", "F16", "BF16", "F64")
 _SLAB = 4 << 20
 _SHOWN = 10
 _MXFP4 = "mxfp4"
@@ -65,7 +66,7 @@ def main_dtype(file: GgufFile) -> np.dtype:
     """
     kinds = [info.type.name for info in file.tensors.values() if len(info.shape) > 1]
     others = [kind for kind in kinds if kind != "MXFP4"]
-    plain = bool(others) and all(kind in _PLAIN for kind in others)
+    plain = bool(others) and all(kind in PLAIN_FLOATS for kind in others)
     return next((_HALF[k] for k in others if k in _HALF), _FLOAT32 if plain else _DECODED)
 
 
@@ -113,7 +114,10 @@ def restored_weights(
             exact = TRANSFORMS[how].changes_values and not blocks
             weights[name] = _settled(tensor, tensor.dtype if exact else kind, dtype, decoded=blocks)
     packed = any(line.rule.transform.startswith(_MXFP4) for line in chosen)
-    stored = {i.type.name for i in there.values()} - {*_PLAIN, *(("MXFP4",) if packed else ())}
+    stored = {i.type.name for i in there.values()} - {
+        *PLAIN_FLOATS,
+        *(("MXFP4",) if packed else ()),
+    }
     return Restored(weights, tuple(problems), packed, tuple(sorted(stored)))
 
 

@@ -58,8 +58,8 @@ class Stored:
     def head(self) -> int:
         """Size of an attention head."""
         heads = self.whole("attention.head_count")
-        given = self.keys.get("attention.key_length")
-        return int(given) if given else self.whole("embedding_length") // max(1, heads)
+        given = self.whole("attention.key_length", 0)
+        return given or self.whole("embedding_length") // max(1, heads)
 
 
 def short(value: float) -> float:
@@ -81,7 +81,7 @@ def restored_config(architecture: Architecture, stored: Stored) -> dict[str, Any
         "architectures": [architecture.classes[0]],
         "model_type": kind,
         _name(LAYERS, known, "num_hidden_layers"): layers,
-        "vocab_size": stored.shapes.get("token_embd.weight", (0,))[0],
+        "vocab_size": (stored.shapes.get("token_embd.weight") or (0,))[0],
         "tie_word_embeddings": not stored.has("output.weight"),
     }
     for key, names in (*LENGTHS, *EXPERTS):

@@ -66,7 +66,11 @@ def to_hf(
     if ckpt.naming == HF:
         return ckpt
     naming = _naming(ckpt.naming)
-    model = naming.describe(ckpt, Request(vocab_size=vocab_size, model_type=model_type))
+    request = Request(vocab_size=vocab_size, model_type=model_type)
+    restored = naming.restore(ckpt, request)
+    if restored is not None:
+        return restored
+    model = naming.describe(ckpt, request)
     weights, dropped = _without(ckpt.weights, model.left_out)
     warnings = [*ckpt.warnings, *model.warnings]
     if dropped:

@@ -1,15 +1,20 @@
-"""GGUF's names of Llama-like models, back to Hugging Face's.
+"""GGUF's names, back to Hugging Face's: by the architecture's own table where it can be undone.
 
-llama.cpp's ``llama`` models keep rotary pairs in adjacent rows of q and k, the others halves.
-Settings are the file's metadata. Source: gguf-py ``constants.py``, llama.cpp's converter.
+The table here serves Llama-like models that come with a config.json of their own: llama.cpp's
+``llama`` models keep rotary pairs in adjacent rows of q and k, the others halves. Settings are the
+file's metadata. Source: gguf-py ``constants.py``, llama.cpp's converter.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 from ...shardio.checkpoint import Checkpoint
 from ._world import Settings, Variant, World, rope_theta
+from .record import Request
 from .table import Rule, rule
 
 _L, _H = "blk.{i}", "model.layers.{i}"
@@ -116,12 +121,34 @@ def _foreign(config: Settings) -> Settings:
     return {"general.architecture": config.get("model_type"), "rope_theta": rope_theta(config)}
 
 
-NAMING = World(
-    "gguf",
-    "GGUF",
-    lambda ckpt: _VARIANTS,
-    _settings,
-    _foreign,
-    buffers=_SCALED,
-    notes=_notes,
-).naming
+def _restore(ckpt: Checkpoint, request: Request) -> Checkpoint | None:
+    """Bring a file's weights back by the table of its architecture, where one can be undone."""
+    from ..architectures import architectures
+    from ..from_gguf_model import find_model
+    from ..from_gguf_tensors import PLAIN_FLOATS
+    from ..gguf import open_gguf
+
+    kind, given = ckpt.args.get("general.architecture"), ckpt.config
+    known = any(r.restore is not None and r.name == kind for r in architectures().values())
+    if not known or request.model_type or (given or {}).get("model_type") in _VARIANTS:
+        return None
+    file = open_gguf(ckpt.path)
+    plain = all(info.type.name in PLAIN_FLOATS for info in file.tensors.values())
+    model = find_model(file, None if plain else np.dtype(np.float32), given)
+    if request.vocab_size not in (None, model.config["vocab_size"]):
+        return None
+    return replace(ckpt, naming="hf", weights=model.restored.weights, config=model.config)
+
+
+NAMING = replace(
+    World(
+        "gguf",
+        "GGUF",
+        lambda ckpt: _VARIANTS,
+        _settings,
+        _foreign,
+        buffers=_SCALED,
+        notes=_notes,
+    ).naming,
+    restore=_restore,
+)

@@ -61,9 +61,12 @@ class Naming:
         describe: a checkpoint with foreign names to its model. Raises ConfigError.
         plan: a checkpoint with Hugging Face names and config to the model to be made of it.
             Raises ConfigError.
+        restore: brings a checkpoint into Hugging Face names by itself, where it can; None: it
+            cannot, use the table.
     """
 
     name: str
     title: str
     describe: Callable[[Checkpoint, Request], Model]
     plan: Callable[[Checkpoint, Request], Model]
+    restore: Callable[[Checkpoint, Request], Checkpoint | None] = lambda ckpt, request: None

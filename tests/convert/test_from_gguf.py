@@ -20,8 +20,10 @@ from mconv.convert.architectures._llama_like import rope_freqs
 from mconv.convert.from_gguf import from_gguf
 from mconv.convert.gguf import open_gguf
 from mconv.convert.quantize import QuantizeOptions, quantize_gguf
+from mconv.convert.reshard import reshard
 from mconv.convert.to_gguf import to_gguf
-from mconv.errors import ConfigError, UnsupportedError
+from mconv.errors import ConfigError, MconvError, UnsupportedError
+from mconv.shardio import Layout
 from mconv.shardio.stream import Limits
 from safetensors.numpy import load_file
 
@@ -226,3 +228,53 @@ def test_command(tmp_path: Path, data_dir: Path) -> None:
     assert done.exit_code == 0 and json.loads(done.output)["model"] == "GPT2LMHeadModel"
     assert (tmp_path / "c" / "tokenizer.json").exists()
     assert open_gguf(tmp_path / "bf16.gguf")["general.architecture"] == "gpt2"
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt2", "deepseek2-v3", "gpt-oss-mxfp4"])
+def test_reshard_reads_gguf_models_of_these_families(
+    tmp_path: Path, data_dir: Path, name: str
+) -> None:
+    there_and_back(tmp_path, data_dir, name, "bf16")
+    reshard(tmp_path / "bf16.gguf", tmp_path / "hf", Layout("hf", dtype="f32"))
+    after = load_file(tmp_path / "hf" / "model.safetensors")
+    for key, values in load_file(tmp_path / "m" / "model.safetensors").items():
+        if not key.endswith(("_blocks", "_scales")):
+            np.testing.assert_array_equal(after[key], values.astype(np.float32), key)
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["model_type"]
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "mixtral.block_count=int:900000000",
+        "llama.block_count=int:900000000",
+        "llama.expert_count=int:2000000000",
+        "llama.attention.head_count=int:0",
+        "llama.embedding_length=int:0",
+        "llama.attention.head_count_kv=int:7",
+        "llama.attention.key_length=str:x",
+        "llama.rope.freq_base=str:x",
+        "llama.rope.scaling.type=str:yarn",
+        "llama.context_length=float:1.5",
+        "llama.attention.layer_norm_rms_epsilon=bool:true",
+        "tokenizer.ggml.bos_token_id=int:99999999",
+        "tokenizer.ggml.model=str:odd",
+        "tokenizer.ggml.pre=str:odd",
+    ],
+)
+def test_hostile_metadata(mixtral: Path, tmp_path: Path, override: str) -> None:
+    options = QuantizeOptions(override_kv=(override,))
+    quantize_gguf(mixtral, tmp_path / "odd.gguf", ["COPY"], options)
+    if override.startswith("mixtral."):
+        from_gguf(tmp_path / "odd.gguf", tmp_path / "x")
+        return
+    with pytest.raises(MconvError):
+        from_gguf(tmp_path / "odd.gguf", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory: pytest.TempPathFactory, data_dir: Path) -> Path:
+    folder = tmp_path_factory.mktemp("mixtral")
+    there_and_back(folder, data_dir, "mixtral", "bf16")
+    return folder / "bf16.gguf"
