@@ -24,6 +24,7 @@ from .architectures import (
     Line,
     Transform,
     dimensions,
+    stacking,
     table_lines,
 )
 from .gguf import GgufFile
@@ -96,7 +97,7 @@ def restored_weights(
     kind, weights = main_dtype(file), {}
     order = {name: place for place, name in enumerate(file.tensors)}
     for line in sorted(chosen, key=lambda line: order[line.outputs[0]]):
-        how = line.rule.transform or ("stack" if "{e}" in line.rule.hf else "")
+        how = line.rule.transform or stacking(line.rule.hf)
         parts = _alike([tensors.values(name) for name in line.outputs])
         try:
             made = TRANSFORMS[how].undo(parts, sizes)

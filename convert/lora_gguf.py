@@ -33,6 +33,7 @@ from .architectures import (
     complete_config,
     dimensions,
     find_architecture,
+    stacking,
     table_lines,
 )
 from .general import general_entries, naming
@@ -230,7 +231,7 @@ def _rearranged(
     parts: Mapping[str, Mapping[str, LazyTensor]],
     sizes: Mapping[str, int],
 ) -> list[_Pair]:
-    how = line.rule.transform or ("stack" if "{e}" in line.rule.hf else "")
+    how = line.rule.transform or stacking(line.rule.hf)
     absent = [name for name in line.sources if name not in parts]
     if absent:
         raise UnsupportedError(
@@ -239,7 +240,7 @@ def _rearranged(
     many_a, many_b = ([parts[name][x] for name in line.sources] for x in "ab")
     _check_shapes(adapter, line, many_a[0], many_b[0], turned=how == "transpose")
     try:
-        if how == "stack":
+        if len(line.sources) > 1:
             made_a, made_b = (TRANSFORMS[how].apply(many, sizes) for many in (many_a, many_b))
         elif how == "transpose":  # PEFT's factors are those of the transposed weight already
             made_a, made_b = many_a, many_b

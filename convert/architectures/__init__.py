@@ -15,7 +15,14 @@ from ...errors import ConfigError, UnsupportedError, did_you_mean
 from ._bert_like import POOLING
 from ._config import complete_config, layer_count
 from ._lines import Line, table_lines
-from ._mapping import MappedTensor, Match, map_tensors, mapped_tensors, match_tensors
+from ._mapping import (
+    MappedTensor,
+    Match,
+    map_tensors,
+    mapped_tensors,
+    match_tensors,
+    stacking,
+)
 from ._metadata import model_entries
 from ._record import Architecture, Config, TensorRule, dimensions
 from ._restore import Stored, restored_config
@@ -41,6 +48,7 @@ __all__ = [
     "match_tensors",
     "model_entries",
     "restored_config",
+    "stacking",
     "table_lines",
 ]
 

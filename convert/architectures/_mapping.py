@@ -126,7 +126,7 @@ def mapped_tensors(architecture: Architecture, config: Config, match: Match) -> 
     out = []
     for line in match.lines:
         parts = [match.tensors[name] for name in line.sources]
-        how = line.rule.transform or _stacking(line.rule.hf)
+        how = line.rule.transform or stacking(line.rule.hf)
         try:
             made = TRANSFORMS[how].apply(parts, sizes)
         except ValueError as error:
@@ -137,7 +137,8 @@ def mapped_tensors(architecture: Architecture, config: Config, match: Match) -> 
     return out
 
 
-def _stacking(hf: str) -> str:
+def stacking(hf: str) -> str:
+    """Return the transform of a rule whose name stands for several tensors; empty: for one."""
     return next((how for mark, how in _STACKS.items() if mark in hf), "")
 
 
