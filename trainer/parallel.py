@@ -120,7 +120,8 @@ def _share(part: Decoder, meshes: Meshes, config: RunConfig) -> None:
         fully_shard(
             module,
             mesh=mesh,
-            reshard_after_forward=zero == 3,
+            # backward begins with the rest, so it is not released in between
+            reshard_after_forward=zero == 3 and module is not part,
             shard_placement_fn=cut,
             mp_policy=policy,
             offload_policy=offload,
