@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import re
 import tempfile
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from ..to_gguf import to_gguf
 from .build import Made, Wishes, make_modelfile
 from .ends import end_token_overrides, unseen_stops, unseen_text
 from .facts import ModelFacts, facts_of, open_with
-from .jinja_chat import TemplateRefusedError, compile_chat
+from .jinja_chat import Message, TemplateRefusedError, compile_chat
 from .layers import (
     CONFIG_TYPE,
     LAYER_PREFIX,
@@ -35,6 +36,7 @@ from .layers import (
 )
 from .modelfile_values import Modelfile
 from .names import ModelName
+from .prompt import merged
 from .proof import CONVERSATIONS, jinja_prompt
 from .server import Server, ServerError
 from .store import Store, hash_file
@@ -104,6 +106,7 @@ def install(
         if isinstance(target, Store):
             work = stack.enter_context(target.work_folder())
         else:
+            target.version()  # before any work: is it there?
             work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mconv-")))
         change = end_token_overrides(facts, _stops(made))
         checks: tuple[str, ...] = ()
@@ -230,7 +233,7 @@ def _into_server(
     warnings = list(made.warnings)
     _read_back(server, name, made.modelfile, digest, checks, warnings)
     if made.proof is not None and made.modelfile.template is not None:
-        _prompts(server, name, facts, checks, warnings)
+        _prompts(server, name, facts, made.modelfile, checks, warnings)
     return Installed(name, server.url, made, digest, layer.size, "", tuple(checks), tuple(warnings))
 
 
@@ -262,16 +265,32 @@ def _read_back(
             warnings.append(f"{server.url}: shows another {key} than it was given")
 
 
+def _with_defaults(modelfile: Modelfile, messages: Sequence[Message]) -> list[Message]:
+    """Return what a server makes of a conversation: MESSAGEs go first, SYSTEM if none is given."""
+    whole = [*modelfile.messages, *messages]
+    if modelfile.system and messages[0][0] != "system":
+        whole.insert(0, ("system", modelfile.system))
+    return merged(whole)
+
+
 def _prompts(
-    server: Server, name: ModelName, facts: ModelFacts, checks: list[str], warnings: list[str]
+    server: Server,
+    name: ModelName,
+    facts: ModelFacts,
+    modelfile: Modelfile,
+    checks: list[str],
+    warnings: list[str],
 ) -> None:
     """Let the server render the conversations, and compare them with the model's own template."""
     assert facts.chat_template is not None
     chat = compile_chat(facts.chat_template, facts.tokens)
     same, compared, different = 0, 0, ""
     for title, messages in CONVERSATIONS:
+        if modelfile.messages and messages[0][0] == "system":
+            continue  # a system message behind MESSAGEs has no agreed place
         try:
-            expected = jinja_prompt(chat, messages, datetime.datetime.now(), facts.bos)
+            whole = _with_defaults(modelfile, messages)
+            expected = jinja_prompt(chat, whole, datetime.datetime.now(), facts.bos)
             got = server.render(str(name), messages)
         except TemplateRefusedError:
             continue

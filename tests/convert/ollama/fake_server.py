@@ -99,7 +99,10 @@ class Handler(BaseHTTPRequestHandler):
         if not body.get("_debug_render_only") or self.state.fault == "old":
             self._json(200, {"message": {"role": "assistant", "content": "hi"}, "done": True})
             return
-        messages = [(m["role"], m["content"]) for m in body["messages"]]
+        asked = [*model.get("messages", ()), *body["messages"]]
+        if model.get("system") and body["messages"][0]["role"] != "system":
+            asked.insert(0, {"role": "system", "content": model["system"]})
+        messages = [(m["role"], m["content"]) for m in asked]
         prompt = ollama_prompt(parse_template(model["template"]), messages)
         if self.state.fault == "prompt":
             prompt += " "

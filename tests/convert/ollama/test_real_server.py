@@ -106,11 +106,17 @@ def test_the_server_renders_the_proven_prompts(
     )
 
 
-def test_all_conversations_are_proven_on_the_server(server: Server, name: ModelName) -> None:
-    done = install(CHAT, name, server, WISHES)
+@pytest.mark.parametrize("system", [None, "Speak like a pirate."])
+@pytest.mark.parametrize("begun", [(), (("user", "Hi"), ("assistant", "Ho"))])
+def test_all_conversations_are_proven_on_the_server(
+    server: Server, name: ModelName, system: str | None, begun: tuple[tuple[str, str], ...]
+) -> None:
+    done = install(CHAT, name, server, replace(WISHES, system=system, messages=begun))
     if any("does not render" in warning for warning in done.warnings):
         pytest.skip("this server cannot render")
-    assert "the server renders 10 of 10 prompts as the model's own template" in done.checks
+    count = 5 if begun else 10
+    said = f"the server renders {count} of {count} prompts as the model's own template"
+    assert said in done.checks
 
 
 @WAYS

@@ -48,6 +48,12 @@ def test_install_and_read_back(gguf: Path, fake: tuple[Server, State]) -> None:
     assert server.tags() == ["mconv-test:tiny"]
 
 
+def test_messages_of_the_model_go_first(gguf: Path, fake: tuple[Server, State]) -> None:
+    wishes = replace(WISHES, messages=[("user", "a"), ("assistant", "b")])
+    done = install(gguf, NAME, fake[0], wishes)
+    assert "the server renders 5 of 5 prompts as the model's own template" in done.checks
+
+
 def test_a_second_run_sends_no_blob(gguf: Path, fake: tuple[Server, State]) -> None:
     server, state = fake
     install(gguf, NAME, server, WISHES)
@@ -97,6 +103,14 @@ def test_surprises_are_told(
 def test_no_server() -> None:
     with pytest.raises(ServerError, match="is `ollama serve` running"):
         Server("127.0.0.1:9").version()
+
+
+def test_no_work_is_done_for_a_server_that_is_not_there(
+    gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mconv.convert.ollama.install.to_gguf", None)
+    with pytest.raises(ServerError, match="is `ollama serve` running"):
+        install(gguf.with_suffix(""), NAME, Server("127.0.0.1:9"), WISHES)
 
 
 @pytest.mark.parametrize("url", ["ftp://x", "http://", ""])
