@@ -1,7 +1,7 @@
 """How nanotron spreads a Llama or Qwen2 model: cuts over tensor-parallel ranks, blocks over stages.
 
-``model/<module path>/model_<param>_pp-rank-P-of-N_tp-rank-T-of-N.safetensors`` for what is cut (by a
-single rank, too), plain ``model_<param>.safetensors`` for norms. Blocks go to stages by their
+``model/<module path>/model_<param>_pp-rank-P-of-N_tp-rank-T-of-N.safetensors`` for what is cut (by
+one rank, too), plain ``model_<param>.safetensors`` for norms. Blocks go to stages by their
 share of the computation. Source: nanotron ``nn/layer_norm.py``, ``parallel/tensor_parallel/nn.py``,
 ``models/{base,llama,qwen}.py``.
 """

@@ -8,13 +8,13 @@ else is rendered in slabs of bounded size.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Protocol
 
 import numpy as np
 
-from .box import Box, Index, extent, row_major
+from .box import Box, Index, extent, flat_boxes, row_major
 from .chunked import Chunk, Chunked
 from .source import FileSource
 from .tensor import LazyTensor
@@ -176,6 +176,40 @@ class TensorPayload:
         # a slab is read into one buffer, and a child of a cast holds a second one
         for box, start in row_slabs(self.tensor.shape, max(1, limit // (3 * itemsize))):
             yield Render(start * itemsize, prod(extent(box)) * itemsize, _reader(self.tensor, box))
+
+
+@dataclass(frozen=True, slots=True)
+class RangePayload:
+    """A row-major range of a tensor's elements, as ZeRO ranks hold.
+
+    It is cut into boxes only when it is written: there is one for each weight, state and rank.
+
+    Attributes:
+        tensor: any shape.
+        lo, hi: elements, row-major.
+    """
+
+    tensor: LazyTensor
+    lo: int
+    hi: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the range."""
+        return (self.hi - self.lo) * self.tensor.dtype.itemsize
+
+    def first_span(self) -> tuple[str, int]:
+        """About where it lies: tensors in source order, ranges of a tensor in theirs."""
+        path, start = first_span(self.tensor)
+        return path, start + self.lo * self.tensor.dtype.itemsize
+
+    def slabs(self, limit: int) -> Iterator[Slab]:
+        """Those of the boxes."""
+        for (first, last), flat in flat_boxes(self.lo, self.hi, self.tensor.shape):
+            region = [slice(a, b) for a, b in zip(first, last, strict=True)]
+            at = (flat - self.lo) * self.tensor.dtype.itemsize
+            for slab in TensorPayload(self.tensor.slice(region)).slabs(limit):
+                yield replace(slab, at=at + slab.at)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ import hashlib
 import struct
 import zlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod
@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from . import dtypes
-from .box import Index, flat_boxes, row_major
-from .payload import BytesPayload, Payload, TensorPayload
+from .box import Index, row_major
+from .payload import BytesPayload, Payload, RangePayload, TensorPayload
 from .pickle_write import Call, Name, Persistent, dumps
 from .stream import OutFile
 from .tensor import LazyTensor, from_array
@@ -43,6 +43,9 @@ _STORAGES = {
 }  # fmt: skip
 
 
+Run = tuple[LazyTensor, int, int]  # elements from the second number to the third, row-major
+
+
 @dataclass(frozen=True, slots=True)
 class Vector:
     """A flat tensor put together of pieces; what no piece fills is zero.
@@ -50,12 +53,12 @@ class Vector:
     Attributes:
         dtype: of all pieces.
         size: elements.
-        pieces: (first element, tensor whose elements follow in row-major order), without overlap.
+        pieces: (first element, elements that follow there), without overlap.
     """
 
     dtype: np.dtype
     size: int
-    pieces: tuple[tuple[int, LazyTensor], ...] = ()
+    pieces: tuple[tuple[int, Run], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,18 +80,38 @@ def plan_torch_file(name: str, root: Any) -> OutFile:
     Raises:
         UnsupportedError: a value or an element type that torch files cannot hold.
     """
-    archive = plan_archive(root, name.rpartition("/")[2].rpartition(".")[0] or "archive")
-    return OutFile(name, archive.size, archive.parts)
+    (file,) = plan_torch_files([name], root)
+    return file
+
+
+def plan_torch_files(names: Iterable[str], root: Any) -> Iterator[OutFile]:
+    """Plan several files of the same content, which is pickled once; see ``plan_torch_file``."""
+    pickled = _pickled(root)
+    for name in names:
+        folder = name.rpartition("/")[2].rpartition(".")[0] or "archive"
+        archive = _archive(pickled, folder)
+        yield OutFile(name, archive.size, archive.parts)
 
 
 def plan_archive(root: Any, folder: str = "archive") -> Archive:
     """Plan the zip of one object; see ``plan_torch_file``."""
+    return _archive(_pickled(root), folder)
+
+
+_Pickled = tuple[bytes, list[tuple[str, LazyTensor | Vector]]]  # with the storages by key
+
+
+def _pickled(root: Any) -> _Pickled:
     storages: dict[int, tuple[str, LazyTensor | Vector]] = {}
-    pickle = dumps(root, lambda value: _lower(value, storages))
+    return dumps(root, lambda value: _lower(value, storages)), list(storages.values())
+
+
+def _archive(pickled: _Pickled, folder: str) -> Archive:
+    pickle, storages = pickled
     zip_ = _Zip(folder)
     zip_.small("data.pkl", pickle)
     zip_.small("byteorder", b"little")
-    for key, tensor in storages.values():
+    for key, tensor in storages:
         zip_.tensor(f"data/{key}", tensor)
     zip_.small("version", b"3\n")
     digest = int.from_bytes(hashlib.sha256(pickle).digest(), "big")
@@ -117,19 +140,6 @@ class _Shaped:
 
     vector: Vector
     shape: Index
-
-
-def flat_pieces(tensor: LazyTensor, lo: int, hi: int) -> list[tuple[int, LazyTensor]]:
-    """Cut elements ``lo`` to ``hi`` (row-major) of a tensor into few sub-tensors.
-
-    Returns:
-        (place counted from ``lo``, sub-tensor): boxes, so that no reshape is needed.
-    """
-    pieces = []
-    for (first, last), flat in flat_boxes(lo, hi, tensor.shape):
-        region = [slice(a, b) for a, b in zip(first, last, strict=True)]
-        pieces.append((flat - lo, tensor.slice(region)))
-    return pieces
 
 
 def _lower(value: Any, storages: dict[int, tuple[str, LazyTensor | Vector]]) -> Any:
@@ -175,14 +185,14 @@ class _Zip:
         if not size:
             return
         self._flush()
-        pieces: Sequence[tuple[int, LazyTensor]] = (
-            tensor.pieces if isinstance(tensor, Vector) else [(0, tensor)]
-        )
-        for start, piece in pieces:
-            assert piece.dtype == tensor.dtype, "a vector has one element type"
-            if piece.size:
-                place = self.at + start * tensor.dtype.itemsize
-                self.parts.append((place, TensorPayload(piece)))
+        if isinstance(tensor, LazyTensor):
+            self.parts.append((self.at, TensorPayload(tensor)))
+        else:
+            for start, (piece, lo, hi) in tensor.pieces:
+                assert piece.dtype == tensor.dtype, "a vector has one element type"
+                if lo < hi:
+                    place = self.at + start * tensor.dtype.itemsize
+                    self.parts.append((place, RangePayload(piece, lo, hi)))
         self.at += size
 
     def finish(self) -> Archive:

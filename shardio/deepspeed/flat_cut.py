@@ -19,8 +19,7 @@ import numpy as np
 from .. import dtypes
 from ..box import Index
 from ..checkpoint import Tensors
-from ..tensor import LazyTensor
-from ..torchzip_plan import Vector, flat_pieces
+from ..torchzip_plan import Run, Vector
 from .zero3 import per_rank
 
 _ALIGN = 2  # elements; DeepSpeed's nccl_start_alignment_factor
@@ -59,16 +58,15 @@ class FlatGroup:
         lo = rank * self.size
         hi = lo + self.lean(rank)
         dtype = common_dtype(tensors, names)
-        pieces: list[tuple[int, LazyTensor]] = []
+        pieces: list[tuple[int, Run]] = []
         for k in self._touching(starts, lo, hi):
             tensor = tensors.get(names[k])
             if tensor is None:
                 continue
             first = max(lo, starts[k])
             last = min(hi, starts[k] + tensor.size)
-            cast = tensor.cast(dtype)
-            for at, piece in flat_pieces(cast, first - starts[k], last - starts[k]):
-                pieces.append((first - lo + at, piece))
+            run = (tensor.cast(dtype), first - starts[k], last - starts[k])
+            pieces.append((first - lo, run))
         return Vector(dtype, self.size if padded else hi - lo, tuple(pieces))
 
     def slices(self, rank: int) -> dict[str, tuple[int, int]]:
@@ -105,15 +103,14 @@ def common_dtype(tensors: Tensors, names: Sequence[str]) -> np.dtype:
 def shard_vector(shapes: Mapping[str, Index], tensors: Tensors, rank: int, world: int) -> Vector:
     """A stage 3 rank's flat vector of a sub-group: its part of each parameter, padded alike."""
     dtype = common_dtype(tensors, list(shapes))
-    pieces: list[tuple[int, LazyTensor]] = []
+    pieces: list[tuple[int, Run]] = []
     at = 0
     for name, shape in shapes.items():
         count = prod(shape)
         step = per_rank(count, world)
         lo, hi = min(rank * step, count), min((rank + 1) * step, count)
         if name in tensors:
-            found = flat_pieces(tensors[name].cast(dtype), lo, hi)
-            pieces += [(at + place, piece) for place, piece in found]
+            pieces.append((at, (tensors[name].cast(dtype), lo, hi)))
         at += step
     return Vector(dtype, at, tuple(pieces))
 

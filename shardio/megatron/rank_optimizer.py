@@ -222,11 +222,12 @@ def _sections(params: Sequence[Param], held: States) -> Iterator[tuple[Any, Any]
         size = spans[-1][2]
         content: dict[str, Any] = {}
         for key, state in _FLAT.items():
-            pieces = tuple(
+            here = [
                 (start, held[state][p.name].cast(dtypes.FLOAT32))
                 for p, start, _ in spans
                 if p.name in held[state]
-            )
+            ]
+            pieces = tuple((start, (tensor, 0, tensor.size)) for start, tensor in here)
             content[key] = Vector(dtypes.FLOAT32, size, pieces)
         content["numel_unpadded"] = size
         yield index, {(buffer[0].dtype, dtypes.FLOAT32): content}

@@ -24,7 +24,7 @@ from ..pickle_write import Instance, Name, torch_size
 from ..safetensors_plan import plan_bytes
 from ..stream import OutFile
 from ..tensor import LazyTensor
-from ..torchzip_plan import Vector, plan_torch_file
+from ..torchzip_plan import Vector, plan_torch_file, plan_torch_files
 from ..training_state import with_aliases
 from . import Planned, Writer
 from ._common import assets, only_axes
@@ -167,18 +167,17 @@ def _sharded(source: Source, layout: Layout) -> Iterator[OutFile]:
             f"cut into {len(flat)} sub-groups of {limit} elements per rank: train with the same "
             "zero_optimization.sub_group_size"
         )
-    for rank in range(layout.dp):
-        yield _model_shard(source, layout, flat, rank)
+    yield from _model_shards(source, layout, flat)
     numbers = iter(range(len(flat)))
     params = [[next(numbers) for _ in subs] for subs in cut]
     for rank in range(layout.dp):
         yield _optimizer_shard(source, layout, flat, params, rank)
 
 
-def _model_shard(
-    source: Source, layout: Layout, flat: list[dict[str, Index]], rank: int
-) -> OutFile:
-    """Placeholders of all parameters, buffers, this rank's part of the frozen ones."""
+def _model_shards(
+    source: Source, layout: Layout, flat: list[dict[str, Index]]
+) -> Iterator[OutFile]:
+    """Placeholders of all parameters, buffers, each rank's part of the frozen ones."""
     module: dict[str, Any] = dict(_module(source))
     buffers, frozen = set(source.training.buffers), source.training.frozen
     hollow = Vector(source.dtype, 0)
@@ -186,10 +185,17 @@ def _model_shard(
     state = model_state(source, placeholders, layout.dp)
     state["param_shapes"] = _param_shapes(flat)
     state["frozen_param_shapes"] = OrderedDict((n, torch_size(module[n].shape)) for n in frozen)
-    state["frozen_param_fragments"] = OrderedDict(
-        (n, shard_vector({n: module[n].shape}, module, rank, layout.dp)) for n in frozen
-    )
-    return plan_torch_file(f"{source.tag}/zero_pp_rank_{rank}_mp_rank_00_model_states.pt", state)
+    state["frozen_param_fragments"] = OrderedDict()
+    names = [f"{source.tag}/zero_pp_rank_{rank}_mp_rank_00_model_states.pt"
+             for rank in range(layout.dp)]  # fmt: skip
+    if not frozen:
+        yield from plan_torch_files(names, state)
+        return
+    for rank, name in enumerate(names):
+        state["frozen_param_fragments"] = OrderedDict(
+            (n, shard_vector({n: module[n].shape}, module, rank, layout.dp)) for n in frozen
+        )
+        yield plan_torch_file(name, state)
 
 
 def _optimizer_shard(

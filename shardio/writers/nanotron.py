@@ -26,7 +26,7 @@ from ..safetensors_header import build_header
 from ..safetensors_plan import plan_bytes, plan_json
 from ..stream import OutFile
 from ..tensor import LazyTensor, concat
-from ..torchzip_plan import Vector, flat_pieces, plan_torch_file
+from ..torchzip_plan import Vector, plan_torch_file
 from ..training_state import TrainingState, training_state
 from . import Planned, Writer
 from ._common import assets, only_axes
@@ -81,7 +81,7 @@ def _widened(name: str, tensor: LazyTensor, rows: int) -> LazyTensor:
 
 
 def _metadata(layout: Layout, step: int, args: dict[str, Any]) -> dict[str, Any]:
-    stage = {
+    stage: dict[str, Any] = {
         "name": "resharded",
         "start_training_step": 1,
         "consumed_train_samples": 0,
@@ -188,7 +188,7 @@ class _Optimizers:
 
         def part(tensors: Any) -> Vector:
             local = self._local(name, tensors, rank)
-            return Vector(local.dtype, hi - lo, tuple(flat_pieces(local, lo, hi)))
+            return Vector(local.dtype, hi - lo, ((0, (local, lo, hi)),))
 
         return part
 

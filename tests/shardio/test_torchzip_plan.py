@@ -18,7 +18,6 @@ from mconv.shardio.tensor import from_array
 from mconv.shardio.torchfile import open_torch_file, read_stored
 from mconv.shardio.torchzip_plan import (
     Vector,
-    flat_pieces,
     plan_archive,
     plan_item,
     plan_torch_file,
@@ -73,7 +72,7 @@ def test_one_object_is_one_storage(tmp_path: Path) -> None:
 def test_bytes_do_not_depend_on_threads(tmp_path: Path) -> None:
     x = from_array(np.arange(1 << 20, dtype=np.float32).reshape(1024, 1024))
     piece = x.slice([0]).reshape((-1,)).slice([slice(0, 400)])
-    root = {"a": x, "b": x.permute((1, 0)), "v": Vector(F32, 500, ((7, piece),))}
+    root = {"a": x, "b": x.permute((1, 0)), "v": Vector(F32, 500, ((7, (piece, 0, 400)),))}
     one = write(tmp_path, root, "a/model.pt", 1).read_bytes()
     assert one == write(tmp_path, root, "b/model.pt", 4).read_bytes()
 
@@ -88,7 +87,7 @@ def test_vectors_are_their_pieces(data: st.DataObject) -> None:
     hi = data.draw(st.integers(lo, x.size))
     gap = data.draw(st.integers(0, 9))
     tail = data.draw(st.integers(0, 9))
-    pieces = tuple((gap + at, p) for at, p in flat_pieces(from_array(x), lo, hi))
+    pieces = ((gap, (from_array(x), lo, hi)),)
     vector = Vector(F32, gap + hi - lo + tail, pieces)
     expected = np.concatenate([np.zeros(gap), x.reshape(-1)[lo:hi], np.zeros(tail)])
     with tempfile.TemporaryDirectory() as folder:
@@ -113,7 +112,7 @@ def test_beyond_four_gigabytes(tmp_path: Path) -> None:
     """Sparse: 5 GB that take no space."""
     x = from_array(np.arange(8, dtype=np.float32))
     count = 5 << 28
-    path = write(tmp_path, {"big": Vector(F32, count, ((count - 8, x),)), "behind": x})
+    path = write(tmp_path, {"big": Vector(F32, count, ((count - 8, (x, 0, x.size)),)), "behind": x})
     got = torch.load(path, mmap=True, weights_only=True)
     assert got["big"].shape == (count,)
     assert got["big"][-9:].tolist() == [0, 0, 1, 2, 3, 4, 5, 6, 7]
