@@ -52,7 +52,8 @@ class LoraLinear(nn.Linear):
     def adapt(self, config: LoraConfig, dropout: RowDropout | None) -> None:
         """Make the factors, on the weight's device, cut as the weight is."""
         rows, columns = self.weight.shape
-        self.scale, self.dropout = config.scale, dropout
+        self.scale = config.alpha / (config.rank**0.5 if config.rslora else config.rank)
+        self.dropout = dropout
         self.lora_A = Factor(self._like((config.rank, columns), 1), columns**-0.5)
         self.lora_B = Factor(self._like((rows, config.rank), 0), 0.0)
 

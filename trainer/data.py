@@ -23,6 +23,7 @@ from .pack import pack
 from .sections import DataConfig
 from .token_file import TokenFile, open_token_file
 from .tokenize import tokenize
+from .tokenizer import digest
 
 _ROUNDS = 6
 _TOKEN_FILES = (".npy", ".bin")
@@ -219,9 +220,21 @@ def prepare(data: DataConfig, seq_len: int, folder: Path) -> None:
 def open_data(
     data: DataConfig, seq_len: int, seed: int, vocab_size: int, folder: Path
 ) -> TokenData:
-    """Open what ``prepare`` has made ready; on every rank."""
+    """Open what ``prepare`` has made ready; on every rank.
+
+    Raises:
+        ConfigError: as ``open_tokens``, or the tokens are of another tokenizer.
+        FormatError: damaged files.
+    """
+    path = token_path(data, folder)
+    made = open_token_file(path).about.get("tokenizer_sha256")
+    if made and digest(data.tokenizer) not in ("", made):
+        raise ConfigError(
+            f"{path}: was made with another tokenizer than {data.tokenizer}: what ids mean would "
+            "be wrong; tokenize the text again"
+        )
     return open_tokens(
-        token_path(data, folder),
+        path,
         seq_len,
         seed,
         vocab_size,

@@ -254,7 +254,8 @@ def _wandb(config: RunConfig) -> Sink:
         raise ConfigError(
             "log.to names wandb, which is not installed: pip install wandb"
         ) from error
-    run = wandb.init(project=config.log.project, dir=str(config.save.folder), config=asdict(config))
+    settings = json.loads(json.dumps(asdict(config), default=str))
+    run = wandb.init(project="mconv", dir=str(config.save.folder), config=settings)
 
     def put(step: int, numbers: Mapping[str, float]) -> None:
         run.log(dict(numbers), step=step)

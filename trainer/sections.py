@@ -198,10 +198,10 @@ class LoraConfig:
 
     Attributes:
         rank: of the update; 0 trains the whole model.
-        alpha: the update is scaled by alpha / rank (rsLoRA: alpha / sqrt(rank)).
+        alpha: the update is scaled by alpha / rank.
         targets: last parts of the names of the linear layers that get one.
         dropout: part of a layer's inputs that its update does not see.
-        rslora: scale by alpha / sqrt(rank).
+        rslora: scale by alpha / sqrt(rank) instead.
         init_from: an adapter of PEFT to start from.
     """
 
@@ -218,11 +218,6 @@ class LoraConfig:
             raise ConfigError(f"lora.dropout must be at least 0 and less than 1: {self.dropout}")
         if not self.targets:
             raise ConfigError("lora.targets is empty: name the layers that are trained")
-
-    @property
-    def scale(self) -> float:
-        """The factor of the update."""
-        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -252,17 +247,10 @@ class SaveConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogConfig:
-    """What is told of a run, besides ``metrics.jsonl`` and ``metrics.csv``.
-
-    Attributes:
-        every: steps between lines of metrics.
-        to: further takers: ``tensorboard``, ``wandb``.
-        project: of Weights & Biases.
-    """
+    """``every``: steps between lines of metrics; ``to``: ``tensorboard``, ``wandb`` too."""
 
     every: int = 1
     to: tuple[str, ...] = ()
-    project: str = "mconv"
 
     def __post_init__(self) -> None:
         _at_least("log.every", self.every, 1)
@@ -310,10 +298,6 @@ class ImatrixConfig:
     at_end: bool = False
     batches: int = 8
     tokens: Path | None = None
-
-    def __post_init__(self) -> None:
-        _at_least("imatrix.every", self.every, 0)
-        _at_least("imatrix.batches", self.batches, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -235,10 +235,15 @@ def _splitter(texts: Mapping[str, int]) -> re.Pattern[str]:
 def describe(folder: Path) -> dict[str, Any]:
     """Return what a token file remembers of its tokenizer: sizes, ids and a digest of its file."""
     tokenizer = load_tokenizer(folder)
-    path = folder / FAST if (folder / FAST).is_file() else folder / MODEL
     return {
         "vocab_size": tokenizer.vocab_size(),
         "bos": tokenizer.bos,
         "eos": tokenizer.eos,
-        "tokenizer_sha256": sha256(path.read_bytes()).hexdigest(),
+        "tokenizer_sha256": digest(folder),
     }
+
+
+def digest(folder: Path) -> str:
+    """Return the SHA-256 of a tokenizer's file; empty where there is none."""
+    path = next((folder / n for n in (FAST, MODEL) if (folder / n).is_file()), None)
+    return sha256(path.read_bytes()).hexdigest() if path else ""

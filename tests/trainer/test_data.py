@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -229,6 +230,9 @@ def test_text_is_encoded_once(tmp_path: Path) -> None:
     assert data.file.about["documents"] == 2
     again = open_data(config, 16, 0, 270, tmp_path / "run")
     assert equal(again.batch(3, 2), data.batch(3, 2))
+    train_tokenizer(["the sea and a lamp " * 9], tmp_path / "other", 271)
+    with pytest.raises(ConfigError, match="another tokenizer"):
+        open_data(replace(config, tokens=made, tokenizer=tmp_path / "other"), 16, 0, 270, tmp_path)
     text.write_text('{"text": "another"}\n')
     assert token_path(config, tmp_path / "run") != made
 
