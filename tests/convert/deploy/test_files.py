@@ -133,6 +133,20 @@ def test_kubernetes_balances_over_one_service_per_pod(written: tuple[Any, Path])
     assert {"startupProbe", "readinessProbe", "livenessProbe"} <= set(container)
 
 
+@pytest.mark.skipif(NGINX is None, reason="nginx is not installed")
+def test_nginx_takes_the_file_for_kubernetes(written: tuple[Any, Path], tmp_path: Path) -> None:
+    objects = yaml.safe_load_all((written[1] / "kubernetes" / "serving.yaml").read_text())
+    label = written[0].serving.label
+    (conf,) = [
+        o["data"]["nginx.conf"]
+        for o in objects
+        if o["metadata"]["name"] == f"{label}-balancer" and o["kind"] == "ConfigMap"
+    ]
+    place = tmp_path / "nginx.conf"
+    place.write_text(re.sub(rf"server {label}-\d:", "server 127.0.0.1:", conf))  # no DNS here
+    check_nginx(place, tmp_path)
+
+
 def test_rpc_files_are_valid(tmp_path: Path) -> None:
     compose_spec = pytest.importorskip("compose_spec")
     machines = [Machine("10.0.0.2:50052", 2**30), Machine("10.0.0.3:50052", 2**30)]
