@@ -23,6 +23,7 @@ from .dequant import dequantized
 from .gc_pause import collection_paused
 from .worlds import world_of
 
+_MAX_DIMS = 32  # of numpy before 2.0
 _TRACKERS = ("latest", "latest_checkpointed_iteration.txt", "latest_universal")
 _NUMBERED = re.compile(r"^(?:checkpoint|global_step|iter|step|epoch)[-_]?(\d+)$")
 
@@ -113,7 +114,7 @@ def open_checkpoint(
             raise FormatError(f"{start}: no such file or folder")
         fmt, root = locate(start, format)
         with collection_paused():
-            found = _in_its_world(fmt.open(root, options))
+            found = _in_its_world(_within_numpy(fmt.open(root, options)))
             found = dequantized(found) if decode else found
         _check_holds(start, root, found)
         if adapter is not None:
@@ -122,6 +123,18 @@ def open_checkpoint(
             found = merge_adapter(found, Path(adapter))
     except OSError as e:  # links in a circle, no permission, names that are too long
         raise FormatError(f"{e.filename or start}: cannot be read ({e.strerror})") from e
+    return found
+
+
+def _within_numpy(found: Checkpoint) -> Checkpoint:
+    """Refuse tensors of more dims than numpy arrays can have: only an attacker writes them."""
+    for group in (found.weights, *found.optimizer.values()):
+        for name, tensor in group.items():
+            if tensor.ndim > _MAX_DIMS:
+                raise FormatError(
+                    f"{found.path}: {name[:100]!r} has {tensor.ndim} dims, at most {_MAX_DIMS} "
+                    "can be read"
+                )
     return found
 
 
