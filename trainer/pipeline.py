@@ -93,33 +93,43 @@ class PipelineEngine(PlainEngine):
 
     def train(self, batch: Batch) -> tuple[Tensor, int]:
         """Run the schedule on a step's rows; see ``hooks.Engine``."""
+        rows = len(batch.inputs)
         batch, total = self._prepared(batch)
         self._balance()
         with self._context():
-            losses = self._run(batch, total / self.state.scale.value, train=True)
+            losses = self._run(batch, total / self.state.scale.value, self._numbers(rows))
         self._sync_tied()
         loss = self._everywhere(losses) / self.state.scale.value
         return loss, total
 
     def evaluate(self, batch: Batch) -> tuple[Tensor, int]:
-        """Run the schedule forward; as many rows as a step has."""
+        """Run the schedule forward; as many rows as a step has.
+
+        Schedules in turn and back have no forward-only run in torch 2.13: theirs goes both ways,
+        and the gradients are dropped.
+        """
         batch, total = self._prepared(batch)
-        with torch.no_grad(), self._context():
-            losses = self._run(batch, float(total), train=False)
+        with torch.set_grad_enabled(self.vee), self._context():
+            losses = self._run(batch, float(total), None, backward=self.vee)
+        if self.vee:
+            for _, parameter in self.state.all_parameters():
+                parameter.grad = None
         return self._everywhere(losses), total
 
-    def _run(self, batch: Batch, total: float, train: bool) -> list[Tensor]:
+    def _run(
+        self, batch: Batch, total: float, numbers: Tensor | None, backward: bool = True
+    ) -> list[Tensor]:
+        """Return the losses of the micro-batches, if this rank has the last stage."""
         self._total = total
         inputs = [batch.inputs] if any(part.first for part in self.state.parts) else []
         target = batch.labels if any(part.last for part in self.state.parts) else None
         more: dict[str, Any] = {"positions": batch.positions}
         if batch.documents is not None:
             more["documents"] = batch.documents
-        numbers = self._numbers(len(batch.inputs)) if train else None
         if numbers is not None:
             more["numbers"] = numbers
         losses: list[Tensor] = []
-        if train:
+        if backward:
             self.schedule.step(*inputs, target=target, losses=losses, return_outputs=False, **more)
         else:
             self.schedule.eval(*inputs, target=target, losses=losses, **more)

@@ -7,13 +7,20 @@ are accumulated over micro-batches.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
-from .toys import FULL_TP, Check  # noqa: E402
+from mconv.trainer.config import RunConfig  # noqa: E402
+from mconv.trainer.degrees import resolve  # noqa: E402
+from mconv.trainer.loop import new_run, one_step  # noqa: E402
+from mconv.trainer.mesh import DP, build_meshes, process_group  # noqa: E402
+
+from .ranks import Ranks  # noqa: E402
+from .toys import FULL_TP, Check, ToyData, run_config, world_size  # noqa: E402
 
 SCHEDULES = ("GPipe", "Interleaved1F1B", "LoopedBFS")
 SPLIT = ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
@@ -157,3 +164,37 @@ def test_mixed_precision_is_near(check: Check, layout: str, model: str, precisio
 
 def test_bfloat16_parameters(check: Check) -> None:
     check({}, "tied", tolerance=3e-2, like={"dtype": "float32"}, dtype="bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("layout", "model"),
+    [
+        ("dp2 zero3", "tied"),
+        ("tp2 sp loss", "gqa"),
+        ("cp2", "moe"),
+        ("ep2", "moe"),
+        ("pp2", "tied"),
+        ("pp2 ZBVZeroBubble", "gqa"),
+        ("dp2 tp2 pp2", "tied"),
+    ],
+)
+def test_evaluation_sees_what_training_sees(ranks: Ranks, layout: str, model: str) -> None:
+    """Between steps, without leaving gradients, on all ranks alike."""
+    config = run_config(model, **LAYOUTS[layout])
+    for pairs in ranks(evaluated, world_size(LAYOUTS[layout]), config):
+        for evaluated_loss, trained_loss in pairs:
+            assert evaluated_loss == pytest.approx(trained_loss, rel=1e-12)
+
+
+def evaluated(rank: int, world: int, store: Path, config: RunConfig) -> list[tuple[float, float]]:
+    with process_group(rank, world, store):
+        meshes = build_meshes(resolve(config, world), "cpu")
+        run = new_run(config, meshes, ToyData(config))
+        pairs = []
+        for step in range(config.train.steps):
+            batch = run.data.batch(step, config.train.batch, meshes.rank(*DP), meshes.size(*DP))
+            loss, tokens = run.engine.evaluate(batch)
+            assert tokens > 0
+            assert all(p.grad is None for _, p in run.state.all_parameters())
+            pairs.append((float(loss), one_step(run).loss))
+    return pairs
