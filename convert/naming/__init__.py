@@ -83,6 +83,7 @@ def to_hf(
         for state, tensors in ckpt.optimizer.items()
     }
     tied = {_renamed(model, a, True): _renamed(model, o, True) for a, o in ckpt.tied.items()}
+    tied = {a: o for a, o in tied.items() if a != o}  # two foreign names of one tensor
     return replace(
         ckpt,
         naming=HF,

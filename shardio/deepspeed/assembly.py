@@ -8,19 +8,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..assets import around, find_assets, load_config
 from ..checkpoint import Checkpoint
 from ..layout import Layout
 from ..names import stripped
 from ..placement import Flat, Placement
 from ..registry import OpenOptions
+from ..state_checkpoint import model_files
 from ..stored import plain
 from ..tensor import LazyTensor
+from . import neox
 from .combine import Whole, combine
 from .folder import latest, scan
 from .grid import Grid, read_grid
-from .parts import Part
-from .pipeline import hf_names
+from .pipeline import hf_names, naming_of
 
 FORMAT = "deepspeed"
 
@@ -33,8 +33,7 @@ def open_folder(root: Path, options: OpenOptions) -> Checkpoint:
         UnsupportedError: valid checkpoints that cannot be read.
     """
     grid = read_grid(scan(root))
-    assets = find_assets([options.config] if options.config else around(root))
-    config = load_config(assets)
+    config, assets = model_files(root, options)
     whole = combine(grid, config)
     part, first = whole.part, grid.first
     table = stripped([*part.weights, *part.tied])
@@ -42,7 +41,7 @@ def open_folder(root: Path, options: OpenOptions) -> Checkpoint:
         path=root,
         format=FORMAT,
         version=first.fields.text("ds_version"),
-        naming=_naming(part),
+        naming=naming_of(part.weights),
         weights=renamed(part.weights, table),
         optimizer={s: renamed(t, table) for s, t in part.optimizer.items()},
         step=grid.step,
@@ -72,15 +71,6 @@ def _mesh(whole: Whole, name: str) -> dict[str, Placement]:
     if name in whole.part.cut:
         mesh["dp"] = Flat()
     return mesh
-
-
-def _naming(part: Part) -> str:
-    """``hf`` when the names are those of a Hugging Face model (or a PEFT wrapper of one)."""
-    if any(n[:1].isdigit() for n in part.weights):
-        return "deepspeed-pipeline"
-    if any(".self_attention.query_key_value" in n for n in part.weights):
-        return "megatron"
-    return "hf"
 
 
 def renamed(tensors: Mapping[str, LazyTensor], table: Mapping[str, str]) -> dict[str, LazyTensor]:
@@ -125,6 +115,8 @@ def _args(grid: Grid, whole: Whole) -> dict[str, Any]:
         known["hf_names"] = names
     if first.training_dtype:
         known["training_dtype"] = first.training_dtype
+    if neox.is_neox(whole.part.weights):
+        known["neox_args"] = neox.read_settings(grid.folder.path, first.fields.plain("args"), None)
     if whole.averaged:
         known["averaged"] = whole.averaged
     for key in ("universal_checkpoint_info", "num_experts", "global_samples", "skipped_steps"):

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ...errors import FormatError
 from ..box import Index
 from ..placement import Placement, Replicate, Shard
 from ..tensor import LazyTensor
+from . import neox
 from .affine import Affine
 from .experts import read_experts
-from .fused import Average
+from .fused import Average, Sum
 from .grid import Grid
 from .parts import Part, low_stage, stage3
 from .pipeline import stages
@@ -28,7 +29,7 @@ class Whole:
         part: weights, optimizer and notes.
         tp, pp: sizes.
         placements: how each weight is cut over tp.
-        averaged: weights that are means over ranks.
+        averaged: weights that are means or sums over ranks.
         trimmed: weights of which padding rows were dropped.
     """
 
@@ -62,7 +63,11 @@ def combine(grid: Grid, config: Mapping[str, Any] | None) -> Whole:
         parts = [_rank(grid, mp) for mp in range(tp)]
     if tp == 1:
         return Whole(parts[0], tp, pp)
-    return merged(parts, rules_of(grid.first, grid.optims[0], config), tp, pp)
+    rules = rules_of(grid.first, grid.optims[0], config)
+    if neox.is_neox(parts[0].weights):
+        settings = neox.read_settings(grid.folder.path, grid.first.fields.plain("args"), config)
+        rules = replace(rules, hints={"neox": settings})
+    return merged(parts, rules, tp, pp)
 
 
 def _rank(grid: Grid, mp: int) -> Part:
@@ -120,7 +125,7 @@ def merged(parts: Sequence[Part], rules: Rules, tp: int, pp: int) -> Whole:
     whole = Whole(Part(tied=first.tied, cut=first.cut, warnings=first.warnings), tp, pp)
     for state in first.optimizer:
         whole.part.optimizer[state] = {
-            name: _tensor(name, [p.optimizer[state][name] for p in parts], rules)[0]
+            name: _tensor(name, [p.optimizer[state][name] for p in parts], rules, state)[0]
             for name in first.optimizer[state]
         }
     for name in first.weights:
@@ -139,8 +144,12 @@ def merged(parts: Sequence[Part], rules: Rules, tp: int, pp: int) -> Whole:
     return whole
 
 
-def _tensor(name: str, parts: Sequence[LazyTensor], rules: Rules) -> tuple[LazyTensor, Placement]:
+def _tensor(
+    name: str, parts: Sequence[LazyTensor], rules: Rules, state: str = "master"
+) -> tuple[LazyTensor, Placement]:
     placement = rules.placement(name, [p.shape for p in parts])
+    if isinstance(placement, Sum) and state != "master":
+        placement = Average()  # the terms of a sum all have the gradient of the sum
     tensor = merge(placement, parts, f"{rules.source}: {name}")
     rows = rules.rows(name)
     if rows is not None and tensor.ndim and tensor.shape[0] > rows:
@@ -156,7 +165,7 @@ def _note(whole: Whole, name: str, parts: Sequence[LazyTensor], rules: Rules) ->
         placement = whole.placements[name]
     if isinstance(placement, Replicate):
         whole.part.copies[name] = list(parts[1:])
-    if isinstance(placement, Average):
+    if isinstance(placement, Average | Sum):
         # the model of the next run gets the rounded mean of the masters, not the mean of roundings
         master = whole.part.optimizer.get("master", {}).get(name)
         if master is not None:

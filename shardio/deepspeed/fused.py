@@ -1,5 +1,5 @@
-"""Placements that only DeepSpeed's checkpoint rules need: averaged parameters, and fused matrices
-that are cut unevenly.
+"""Placements that only DeepSpeed's checkpoint rules need: averaged and added parameters, and fused
+matrices that are cut unevenly.
 """
 
 from __future__ import annotations
@@ -12,18 +12,22 @@ import numpy as np
 
 from ...errors import LayoutError
 from ..box import Box, Index, extent
+from ..chunked import zeros
 from ..placement import Placement
 from ..tensor import LazyTensor, concat
 
 
 class Mean(LazyTensor):
-    """The arithmetic mean of equal-shaped tensors, taken in float32 in their order."""
+    """The arithmetic mean (or another quotient of the sum) of equal-shaped tensors, taken in
+    float32 in their order.
+    """
 
-    __slots__ = ("_parts",)
+    __slots__ = ("_divisor", "_parts")
 
-    def __init__(self, parts: Sequence[LazyTensor]) -> None:
+    def __init__(self, parts: Sequence[LazyTensor], divisor: int = 0) -> None:
         super().__init__(parts[0].shape, parts[0].dtype)
         self._parts = tuple(parts)
+        self._divisor = np.float32(divisor or len(parts))
 
     def fill(self, out: np.ndarray, box: Box) -> None:
         """Add the parts up and divide."""
@@ -32,7 +36,7 @@ class Mean(LazyTensor):
         for part in self._parts:
             part.fill(piece, box)
             total += piece.astype(np.float32)
-        out[...] = (total / np.float32(len(self._parts))).astype(self.dtype)
+        out[...] = (total / self._divisor).astype(self.dtype)
 
     def spans(self) -> Iterator[tuple[Path, int, int]]:
         """The file pieces of all parts."""
@@ -61,6 +65,24 @@ class Average(Placement):
 
     def __str__(self) -> str:
         return "Average"
+
+
+@dataclass(frozen=True, slots=True)
+class Sum(Placement):
+    """Every rank adds its own one, and the model's is their sum (GPT-NeoX's row biases)."""
+
+    def cut(self, tensor: LazyTensor, rank: int, world: int) -> LazyTensor:
+        """The tensor itself on the first rank, zeros on the others."""
+        return tensor if rank == 0 else zeros(tensor.shape, tensor.dtype)
+
+    def assemble(self, parts: Sequence[LazyTensor], shape: Index | None = None) -> LazyTensor:
+        """The sum of the parts."""
+        if any(p.shape != parts[0].shape for p in parts):
+            raise LayoutError(f"parts of shapes {[p.shape for p in parts]} cannot be added")
+        return Mean(parts, 1)
+
+    def __str__(self) -> str:
+        return "Sum"
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,12 +9,13 @@ layers have no file. Stages name parameters ``{layer}.{name}``, tied ones ``tied
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from ...errors import FormatError
 from ..source import FileSource
 from ..stored import lazy
 from ..tensor import LazyTensor
+from . import neox
 from .fields import Fields
 from .folder import Folder, load, missing
 from .grid import Grid, read_all
@@ -110,6 +111,16 @@ def _check_layers(grid: Grid, part: Part) -> None:
                 f"{grid.folder.path}: {name!r} has shape {master.shape} in the optimizer and "
                 f"{weight.shape} in its layer file: files of different models are mixed"
             )
+
+
+def naming_of(weights: Iterable[str]) -> str:
+    """``hf`` when the names are those of a Hugging Face model (or a PEFT wrapper of one)."""
+    names = list(weights)
+    if neox.is_neox(names):
+        return neox.NAMING
+    if any(n[:1].isdigit() for n in names):
+        return "deepspeed-pipeline"
+    return "megatron" if any(".self_attention.query_key_value" in n for n in names) else "hf"
 
 
 def hf_names(weights: Mapping[str, LazyTensor], tied: Mapping[str, str]) -> dict[str, str] | None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from ...errors import UnsupportedError
 from ..placement import Fused, Placement, Replicate, Shard
+from . import neox
 
 _ROW = re.compile(
     r"(?:^|\.)(?:o_proj|down_proj|out_proj|fc2|dense_4h_to_h|"
@@ -41,12 +42,15 @@ def placement(
     Args:
         name: parameter name.
         shapes: of the parts.
-        hints: ``vocab_size`` and ``swiglu`` of the model, where known.
+        hints: ``vocab_size`` and ``swiglu`` of the model, where known; ``neox`` has the settings of
+            a GPT-NeoX model.
         source: file, for messages.
 
     Raises:
         UnsupportedError: the name is none of the usual ones.
     """
+    if "neox" in hints:
+        return neox.placement(name, shapes, hints["neox"], source)
     if match := _ROW.search(name):
         return Shard(1) if match[1] == "weight" else Replicate()
     if _COLUMN.search(name):

@@ -12,13 +12,13 @@ from math import prod
 from pathlib import Path
 
 from ...errors import FormatError
-from ..assets import around, find_assets, load_config
 from ..checkpoint import Checkpoint
 from ..layout import Layout
 from ..names import stripped
 from ..records import StoredTensor
 from ..registry import OpenOptions
 from ..source import FileSource
+from ..state_checkpoint import model_files
 from ..stored import lazy, plain
 from ..tensor import LazyTensor
 from ..torchfile import open_torch_file
@@ -28,7 +28,7 @@ from .fields import Fields, Shape
 from .folder import scan
 from .grid import read_all
 from .parts import Part, read_module
-from .pipeline import hf_names
+from .pipeline import hf_names, naming_of
 from .states import ModelState, read_model, same_step
 
 FORMAT = "deepspeed-universal"
@@ -76,8 +76,7 @@ def open_universal(root: Path, options: OpenOptions) -> Checkpoint:
     _check(root, files, shapes)
     parameters = ParameterFiles(files[_MASTER], shapes)  # in the order of the model, not of names
     masters = {n: parameters[n] for n in dict.fromkeys([*shapes, *parameters])}
-    assets = find_assets([options.config] if options.config else around(root))
-    config = load_config(assets)
+    config, assets = model_files(root, options)
     rest = _rest(models, masters, config)
     table = stripped([*masters, *rest.weights, *rest.tied])
     first = models[0] if models else None
@@ -94,7 +93,7 @@ def open_universal(root: Path, options: OpenOptions) -> Checkpoint:
         path=root,
         format=FORMAT,
         version=first.fields.text("ds_version") if first else None,
-        naming="deepspeed-pipeline" if any(n[:1].isdigit() for n in weights) else "hf",
+        naming=naming_of(weights),
         weights=weights,
         optimizer={"master": {table[n]: t for n, t in masters.items()}, **renamed},
         step=same_step(models),

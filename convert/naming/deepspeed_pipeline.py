@@ -1,0 +1,60 @@
+"""DeepSpeed pipelines of Hugging Face layers: embedding, decoder layers, norm and head by number.
+
+Which layer is which was told by the reader (``args["hf_names"]``); the model's type and numbers
+come from a config.json. Source: DeepSpeed ``runtime/pipe/module.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ...errors import ConfigError
+from ...shardio.checkpoint import Checkpoint
+from ._numbers import check_structure, sizes_of
+from .record import Model, Naming, Request
+from .table import Rule, Table, rule
+
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def _describe(ckpt: Checkpoint, request: Request) -> Model:
+    names = ckpt.args.get("hf_names")
+    if not isinstance(names, Mapping):
+        raise ConfigError(
+            f"{ckpt.path}: the layers of this pipeline have names of no known model "
+            f"({', '.join(list(ckpt.weights)[:3])}...): mconv can merge it, but not name it"
+        )
+    if ckpt.config is None:
+        raise ConfigError(
+            f"{ckpt.path}: a pipeline of Hugging Face layers without its settings; give the "
+            "config.json of the model with --config"
+        )
+    layers = {n.split(".")[2] for n in names.values() if n.startswith("model.layers.")}
+    check_structure(ckpt, {"num_hidden_layers": len(layers)})
+    tied = _HEAD not in names.values()
+    rows = next(t.shape[0] for n, t in ckpt.weights.items() if names[n] == _EMBEDDING)
+    config = {**ckpt.config, "tie_word_embeddings": tied}
+    if request.model_type is not None:
+        config["model_type"] = request.model_type
+    if request.vocab_size is not None:
+        config["vocab_size"] = request.vocab_size
+    sizes = sizes_of(config, tied, rows)
+    if sizes.vocab_size > rows:
+        raise ConfigError(
+            f"{ckpt.path}: the embedding has {rows} rows, fewer than the vocabulary size "
+            f"{sizes.vocab_size}: the config belongs to another model"
+        )
+    aliases = {a: names[o] for a, o in ckpt.tied.items() if o in names}
+    rules = tuple(_rule(left, right) for left, right in {**names, **aliases}.items())
+    return Model(Table(str(config.get("model_type")), rules), sizes, config)
+
+
+def _rule(left: str, right: str) -> Rule:
+    return rule(left, right, "trim_vocab" if right in (_EMBEDDING, _HEAD) else "same")
+
+
+def _plan(ckpt: Checkpoint, request: Request) -> Model:
+    raise ConfigError(f"{ckpt.path}: pipelines are not written; choose a target of --to")
+
+
+NAMING = Naming("deepspeed-pipeline", "DeepSpeed pipeline", _describe, _plan)
