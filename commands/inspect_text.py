@@ -36,7 +36,8 @@ def show_report(r: Inspection, tensors: bool | None) -> None:
         width = max((len(t.name) for t in r.tensors), default=0)
         for t in r.tensors:
             click.echo(
-                f"  {t.name:{width}}  {t.dtype:9} {list(t.shape)!s:18} {t.placement}".rstrip()
+                f"  {t.name:{width}}  {t.dtype:9} {list(t.shape)!s:18} "
+                f"{t.placement or (t.file if r.files > 1 else '')}".rstrip()
             )
     elif tensors is None:
         click.echo(f"{'':10}  {len(r.tensors)} tensors; --tensors lists them, --tree sums them up")
@@ -85,7 +86,7 @@ def _file_lines(files: tuple[FileLine, ...]) -> Iterator[str]:
     groups: dict[str, list[FileLine]] = {}
     for file in files:
         groups.setdefault(re.sub(r"\d+", "*", file.name), []).append(file)
-    for at, (pattern, members) in enumerate(groups.items()):
+    for at, members in enumerate(groups.values()):
         if at == _SHOWN - 1:
             yield f"... {len(groups) - at} more kinds; --json lists all files"
             return
@@ -94,8 +95,8 @@ def _file_lines(files: tuple[FileLine, ...]) -> Iterator[str]:
         if len(members) == 1:
             yield f"{members[0].name}  {nbytes}, {what}"
         else:
-            ranges = _numbers([f.name for f in members])
-            yield f"{pattern}  {len(members)} files ({ranges}), {nbytes}, {what}"
+            name, ranges = _numbers([f.name for f in members])
+            yield f"{name}  {len(members)} files ({ranges}), {nbytes}, {what}"
 
 
 def _contents(members: Iterable[FileLine]) -> str:
@@ -104,15 +105,21 @@ def _contents(members: Iterable[FileLine]) -> str:
     return " and ".join(parts)
 
 
-def _numbers(names: list[str]) -> str:
-    """``0..3`` for each number in which the names differ, in their order."""
+def _numbers(names: list[str]) -> tuple[str, str]:
+    """Return the common name with ``*`` for each number in which they differ, and ``0..3`` for
+    each of these, in their order.
+    """
+    parts = re.split(r"(\d+)", names[0])
     columns = zip(*(map(int, re.findall(r"\d+", n)) for n in names), strict=False)
-    found = [sorted(set(column)) for column in columns]
-    return " x ".join(
-        f"{c[0]}..{c[-1]}" if c[-1] - c[0] + 1 == len(c) else ",".join(map(str, c[:12]))
-        for c in found
-        if len(c) > 1
-    )
+    ranges = []
+    for k, column in enumerate(columns):
+        found = sorted(set(column))
+        if len(found) > 1:
+            parts[2 * k + 1] = "*"
+            whole = found[-1] - found[0] + 1 == len(found)
+            ends = f"{found[0]}..{found[-1]}"
+            ranges.append(ends if whole else ",".join(map(str, found[:12])))
+    return "".join(parts), " x ".join(ranges)
 
 
 def show_present(present: Mapping[str, tuple[int, int]]) -> None:

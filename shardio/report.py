@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections import Counter
@@ -31,6 +32,7 @@ class TensorLine:
         placement: how the mesh axes cut it (``tp Shard(0), pp Stage(1)``), or what its pieces
             show (``Shard(0) in 4``); empty when whole.
         pieces: number of file ranges it is made of.
+        file: name of the file that has the first of them.
     """
 
     name: str
@@ -40,6 +42,7 @@ class TensorLine:
     nbytes: int
     placement: str
     pieces: int
+    file: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +75,7 @@ class Inspection:
             None when nothing tells it.
         replicas: number of stored copies that must equal the tensor in use.
         tied: alias to owner.
-        frozen: weights without optimizer state, when the others have one.
+        frozen: weights without optimizer state, when the others have one; without buffers.
         coverage: part of the weights' elements that is in exactly one place (1.0: proven whole).
         problems: holes, overlaps, short files (empty: coverage is proven).
         warnings: what a user should know.
@@ -176,7 +179,7 @@ def inspect_checkpoint(ckpt: Checkpoint) -> Inspection:
         padded=padded,
         replicas=sum(map(len, ckpt.replicas.values())),
         tied=dict(ckpt.tied),
-        frozen=tuple(n for n in ckpt.weights if n not in trained) if trained else (),
+        frozen=_frozen(ckpt, trained) if trained else (),
         coverage=covered(ckpt.weights) / max(ckpt.num_parameters, 1) if problems else 1.0,
         problems=tuple(f"{f.name}: {f.problem}" for f in problems),
         warnings=ckpt.warnings,
@@ -194,15 +197,15 @@ class _Pieces:
         self._few: Counter[Path] = Counter()
         self._shared: dict[int, tuple[tuple[Path, ...], int]] = {}
 
-    def add(self, tensor: LazyTensor) -> int:
-        """Count a tensor; return the number of its pieces."""
+    def add(self, tensor: LazyTensor) -> tuple[Path, ...]:
+        """Count a tensor; return the files of its pieces."""
         files = tensor.files()
         if len(files) < _SHARED:
             self._few.update(files)
         else:
             _, count = self._shared.get(id(files), ((), 0))
             self._shared[id(files)] = files, count + 1  # kept, so that its id stays its own
-        return len(files)
+        return files
 
     def counts(self) -> Counter[Path]:
         """Return {file: pieces}."""
@@ -239,10 +242,16 @@ def _files(root: Path, weights: Counter[Path], states: Counter[Path]) -> tuple[F
             nbytes = path.stat().st_size
         except (OSError, ValueError):  # a tensor that was computed has no file
             continue
-        folder = root if root.is_dir() else root.parent
-        name = str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path)
-        found.append(FileLine(name, nbytes, weights[path], states[path]))
+        found.append(FileLine(_short(root, path), nbytes, weights[path], states[path]))
     return tuple(found)
+
+
+def _short(root: Path, path: Path) -> str:
+    """Name of a file below the folder that was opened, or beside the file."""
+    for folder in (root, root.parent):
+        if str(path).startswith(f"{folder}{os.sep}"):
+            return str(path)[len(str(folder)) + 1 :]
+    return str(path)
 
 
 def _commands(ckpt: Checkpoint) -> tuple[str, ...]:
@@ -312,7 +321,25 @@ def placement_text(ckpt: Checkpoint, name: str, tensor: LazyTensor) -> str:
     return ", ".join(f"Shard({d}) in {n}" for d, n in enumerate(sizes) if n > 1)
 
 
-def _line(ckpt: Checkpoint, name: str, tensor: LazyTensor, pieces: int) -> TensorLine:
+def _frozen(ckpt: Checkpoint, trained: set[str]) -> tuple[str, ...]:
+    named = ckpt.args.get("buffer_names")
+    buffers = {n for n in named if isinstance(n, str)} if isinstance(named, list | tuple) else set()
+    return tuple(
+        n
+        for n, t in ckpt.weights.items()
+        if n not in trained and n not in buffers and dtypes.is_float(t.dtype)
+    )
+
+
+def _line(ckpt: Checkpoint, name: str, tensor: LazyTensor, files: tuple[Path, ...]) -> TensorLine:
     placement = placement_text(ckpt, name, tensor)
-    dtype = dtypes.name(tensor.dtype)
-    return TensorLine(name, tensor.shape, dtype, tensor.size, tensor.nbytes, placement, pieces)
+    return TensorLine(
+        name=name,
+        shape=tensor.shape,
+        dtype=dtypes.name(tensor.dtype),
+        size=tensor.size,
+        nbytes=tensor.nbytes,
+        placement=placement,
+        pieces=len(files),
+        file=_short(ckpt.path, files[0]) if files else "",
+    )

@@ -255,3 +255,11 @@ def test_json_has_no_nan(tmp_path: Path) -> None:
     result = CliRunner().invoke(cli, ["inspect", str(tmp_path), "--verify"])
     assert result.exit_code == 2
     assert "w: 1 NaN values" in result.stderr
+
+
+def test_buffers_are_not_frozen_and_every_tensor_has_a_place(fixtures_dir: Path) -> None:
+    odd = open_checkpoint(fixtures_dir / "deepspeed/z1_dp3_fp32_odd/ckpt")
+    assert inspect_checkpoint(odd).frozen == ()
+    text = run(fixtures_dir / "deepspeed/pp2_dp2_z1_bf16/ckpt", "--tensors")
+    assert "layer_01-model_states.pt" in text
+    assert "bf16_zero_pp_rank_*_mp_rank_*_optim_states.pt  4 files (0..1 x 0..1)" in text
