@@ -1,8 +1,8 @@
 """CRC-32C (Castagnoli), and the masked form in which LevelDB and TensorFlow store it.
 
 Long data is cut into lanes that are taken byte by byte at once, and then joined: the state after
-``A`` and ``B`` is that of ``A`` moved over ``len(B)`` zeros, xor that of ``B``; moving is linear over
-GF(2). Source: RFC 3720 appendix B.4, LevelDB ``crc32c.h``, zlib ``crc32_combine``.
+``A`` and ``B`` is that of ``A`` moved over ``len(B)`` zeros, xor that of ``B``; moving is linear
+over GF(2). Source: RFC 3720 appendix B.4, LevelDB ``crc32c.h``, zlib ``crc32_combine``.
 """
 
 from __future__ import annotations
