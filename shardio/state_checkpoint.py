@@ -23,9 +23,13 @@ from .state_tree import Deferred, KeyPath, Leaf, OptimizerTree, StateTree, dotte
 from .stored import identity, lazy, plain
 from .tensor import LazyTensor
 
-_EMBEDDINGS = ("model.embed_tokens.weight", "transformer.wte.weight", "embed_tokens.weight")
+_EMBEDDINGS = (
+    "model.embed_tokens.weight", "transformer.wte.weight", "embed_tokens.weight",
+    "tok_embeddings.weight",
+)  # fmt: skip
 _SCHEDULES = ("scheduler", "lr_sched", "scaler")
 _HEAD = "lm_head.weight"
+_OLD_HEAD = "output.weight"  # Meta's and, long ago, torchtitan's
 _MAX_DEPTH = 40
 
 
@@ -164,10 +168,11 @@ def tie_by_config(
     kept, ties, copies = dict(weights), dict(tied), dict(replicas)
     owner = next((n for n in _EMBEDDINGS if n in kept), None)
     says_tied = config is not None and config.get("tie_word_embeddings") is True
-    if says_tied and owner and _HEAD in kept and kept[_HEAD].shape == kept[owner].shape:
-        head = kept.pop(_HEAD)
-        ties[_HEAD] = owner
-        copies[owner] = (*copies.get(owner, ()), head, *copies.pop(_HEAD, ()))
+    name = _OLD_HEAD if owner == _EMBEDDINGS[-1] and _HEAD not in kept else _HEAD
+    if says_tied and owner and name in kept and kept[name].shape == kept[owner].shape:
+        head = kept.pop(name)
+        ties[name] = owner
+        copies[owner] = (*copies.get(owner, ()), head, *copies.pop(name, ()))
     elif says_tied and owner in _EMBEDDINGS[:2] and _HEAD not in kept:
         ties.setdefault(_HEAD, owner)
     return kept, ties, copies

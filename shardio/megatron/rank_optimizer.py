@@ -17,6 +17,7 @@ import numpy as np
 from ...errors import UnsupportedError
 from .. import dtypes
 from ..box import Index
+from ..chunked import zeros
 from ..tensor import LazyTensor
 from ..torchzip_plan import Vector
 from ..training_state import MASTER, TrainingState
@@ -126,7 +127,17 @@ def optimizer_plan(run: Run) -> OptimizerPlan:
     """
     division, training = run.division, run.training
     assert training is not None, "asked for the optimizer of bare weights"
-    states = {MASTER: training.masters, **training.states}
+    masters = dict(training.masters)
+    bare = {n: t for n, t in run.ckpt.weights.items() if is_parameter(n) and n not in masters}
+    if bare:
+        run.notes.append(
+            f"{len(bare)} weights have no optimizer states (frozen?): Megatron will train them, "
+            f"from zero moments: {', '.join([*bare][:3])}"
+        )
+    masters = masters | {n: t.cast(dtypes.FLOAT32) for n, t in bare.items()}
+    empty = {n: zeros(t.shape, dtypes.FLOAT32) for n, t in bare.items()}
+    moments = {state: {**empty, **tensors} for state, tensors in training.states.items()}
+    states = {MASTER: masters, **moments}
     missing = [s for s in _FLAT.values() if s not in states]
     if run.distributed and missing:
         raise UnsupportedError(

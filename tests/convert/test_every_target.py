@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mconv import Layout, reshard, roundtrip
+from mconv import Layout, open_checkpoint, reshard, roundtrip
 from mconv.errors import LayoutError
 from mconv.shardio.writers import writers
 
@@ -136,3 +136,24 @@ def test_axes_that_a_target_lacks_are_refused(tmp_path: Any, text: str) -> None:
     with pytest.raises(LayoutError, match="cannot be cut by"):
         reshard(ckpt, tmp_path / "out", Layout.parse(text))
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", FAMILIES["torchtitan"])
+def test_a_tie_survives_a_target_that_writes_both(tmp_path: Any, kind: str) -> None:
+    chain = ["torchtitan:dp=2", "megatron:tp=2"]
+    assert roundtrip(family(kind, tied=True), chain, work=tmp_path).lossless
+
+
+@pytest.mark.parametrize("text", ["megatron:tp=2", "megatron:zero_stage=1", "megatron-dist"])
+def test_megatron_starts_frozen_weights_from_zero(tmp_path: Any, text: str) -> None:
+    ckpt = family("llama", dtype="float32")
+    frozen = "model.layers.0.mlp.down_proj.weight"
+    states = {s: {n: t for n, t in part.items() if n != frozen}
+              for s, part in ckpt.optimizer.items()}  # fmt: skip
+    report = reshard(replace(ckpt, optimizer=states), tmp_path / "out", Layout.parse(text))
+    assert any("no optimizer states" in w for w in report.warnings)
+    found = open_checkpoint(tmp_path / "out")
+    name = "decoder.layers.0.mlp.linear_fc2.weight"
+    assert found.weights[name].read().tobytes() == ckpt.weights[frozen].read().tobytes()
+    if name in found.optimizer["exp_avg"]:
+        assert not found.optimizer["exp_avg"][name].read().any()
