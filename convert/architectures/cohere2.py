@@ -10,6 +10,7 @@ from ..gguf.values import KeyValue, f32, string, u32
 from ..tokenizers import TokenizerRule
 from ._blocks import EMBEDDING, LAYER, attention, gated_mlp
 from ._record import Architecture, Config, TensorRule
+from ._restore import Stored
 
 
 def _extra_keys(config: Config) -> list[KeyValue]:
@@ -21,6 +22,16 @@ def _extra_keys(config: Config) -> list[KeyValue]:
         u32("cohere2.rope.dimension_count", int(config["rotary_pct"] * dim)),
         string("cohere2.rope.scaling.type", "none"),
     ]
+
+
+def _restore(stored: Stored) -> dict[str, object]:
+    heads, hidden = stored.whole("attention.head_count"), stored.whole("embedding_length")
+    return {
+        "logit_scale": stored.number("logit_scale"),
+        "sliding_window": stored.whole("attention.sliding_window"),
+        "rotary_pct": stored.whole("rope.dimension_count") * heads / hidden,
+        "pad_token_id": None,
+    }
 
 
 ARCHITECTURE = Architecture(
@@ -47,6 +58,7 @@ ARCHITECTURE = Architecture(
     },
     drop_tied_head=True,
     extra_keys=_extra_keys,
+    restore=_restore,
     tokenizer=TokenizerRule(kinds=("bpe",)),
     tensors=(
         EMBEDDING,

@@ -9,6 +9,7 @@ from ..gguf.values import KeyValue, f32, string, u32
 from ..tokenizers import TokenizerRule
 from ._blocks import EMBEDDING, LAYER, attention, gated_mlp
 from ._record import Architecture, Config, TensorRule
+from ._restore import Stored
 
 
 def _extra_keys(config: Config) -> list[KeyValue]:
@@ -24,6 +25,14 @@ def _extra_keys(config: Config) -> list[KeyValue]:
 def _head_norm(which: str, heads: str) -> TensorRule:
     name = f"{LAYER}.self_attn.{which}_norm"
     return TensorRule(f"blk.{{n}}.attn_{which}_norm", name, (heads, "head"), needs="use_qk_norm")
+
+
+def _restore(stored: Stored) -> dict[str, object]:
+    return {
+        "logit_scale": stored.number("logit_scale"),
+        "use_qk_norm": stored.has("blk.0.attn_q_norm.weight"),
+        "pad_token_id": None,
+    }
 
 
 ARCHITECTURE = Architecture(
@@ -47,6 +56,7 @@ ARCHITECTURE = Architecture(
     },
     drop_tied_head=True,
     extra_keys=_extra_keys,
+    restore=_restore,
     tokenizer=TokenizerRule(kinds=("bpe",)),
     tensors=(
         EMBEDDING,

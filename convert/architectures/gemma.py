@@ -53,6 +53,7 @@ ARCHITECTURE = Architecture(
         "attention.value_length",
         "general.file_type",
     ),
+    restore=lambda stored: {},
     tokenizer=TOKENIZER,
     adjust_vocabulary=_adjust_vocabulary,
     tensors=(

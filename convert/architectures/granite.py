@@ -7,8 +7,9 @@ from collections.abc import Callable
 from ..gguf.values import KeyValue, f32
 from ..tokenizers import TokenizerRule
 from ._blocks import FRAME, NORMS, attention, gated_mlp
-from ._llama_like import adjust_vocabulary, extra_keys, rope_freqs
+from ._llama_like import adjust_vocabulary, extra_keys, restore, rope_freqs
 from ._record import Architecture, Config, Default, ExtraTensor
+from ._restore import Stored
 
 _SCALES = (
     ("attention.scale", "attention_multiplier"),
@@ -41,6 +42,12 @@ def granite_keys(name: str) -> Callable[[Config], list[KeyValue]]:
     return keys
 
 
+def restored_scales(stored: Stored) -> dict[str, object]:
+    """Return Llama's settings and the multipliers of a stored model."""
+    scales = {of: stored.number(key, 1.0) for key, of in _SCALES}
+    return {**restore(stored), **scales}
+
+
 ARCHITECTURE = Architecture(
     name="granite",
     classes=("GraniteForCausalLM",),
@@ -49,6 +56,7 @@ ARCHITECTURE = Architecture(
     extra_keys=granite_keys("granite"),
     extra_tensors=(ExtraTensor("rope_freqs.weight", rope_freqs),),
     adjust_vocabulary=adjust_vocabulary,
+    restore=restored_scales,
     tokenizer=TokenizerRule(kinds=("spm", "spm_json", "bpe"), space_prefix=True),
     tensors=(*FRAME, *NORMS, *attention(permuted=True), *gated_mlp(bias="maybe")),
 )

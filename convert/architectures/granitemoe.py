@@ -10,7 +10,8 @@ from ..tokenizers import TokenizerRule
 from ._blocks import FRAME, LAYER, NORMS, attention, fused_experts, router
 from ._llama_like import adjust_vocabulary, rope_freqs
 from ._record import Architecture, Config, ExtraTensor, TensorRule
-from .granite import DEFAULTS, granite_keys
+from ._restore import Stored
+from .granite import DEFAULTS, granite_keys, restored_scales
 
 _MOE = f"{LAYER}.block_sparse_moe"
 _common_keys = granite_keys("granitemoe")
@@ -28,6 +29,18 @@ def _sizes(config: Config) -> dict[str, int]:
     return {"moe_ff": ff, "2moe_ff": 2 * ff, "shared_ff": shared, "2shared_ff": 2 * shared}
 
 
+def _restore(stored: Stored) -> dict[str, object]:
+    own, key = restored_scales(stored), "expert_shared_feed_forward_length"
+    if key not in stored.keys:
+        return own
+    return {
+        **own,
+        "model_type": "granitemoeshared",
+        "architectures": ["GraniteMoeSharedForCausalLM"],
+        "shared_intermediate_size": stored.whole(key),
+    }
+
+
 ARCHITECTURE = Architecture(
     name="granitemoe",
     classes=("GraniteMoeForCausalLM", "GraniteMoeSharedForCausalLM"),
@@ -41,6 +54,7 @@ ARCHITECTURE = Architecture(
     extra_keys=_extra_keys,
     extra_tensors=(ExtraTensor("rope_freqs.weight", rope_freqs),),
     adjust_vocabulary=adjust_vocabulary,
+    restore=_restore,
     tokenizer=TokenizerRule(kinds=("spm", "spm_json", "bpe"), space_prefix=True),
     tensors=(
         *FRAME,

@@ -9,6 +9,7 @@ from ..gguf.values import KeyValue, f32
 from ..tokenizers import TokenizerRule
 from ._blocks import EMBEDDING, HEAD, attention, gated_mlp
 from ._record import Architecture, Config
+from ._restore import Stored
 
 
 def _extra_keys(config: Config) -> list[KeyValue]:
@@ -16,6 +17,14 @@ def _extra_keys(config: Config) -> list[KeyValue]:
     if config.get("clip_qkv") is not None:
         keys.append(f32("olmo.attention.clamp_kqv", config["clip_qkv"]))
     return keys
+
+
+def _restore(stored: Stored) -> dict[str, object]:
+    key = "attention.clamp_kqv"
+    return {
+        "layer_norm_eps": ...,
+        "clip_qkv": stored.number(key) if key in stored.keys else None,
+    }
 
 
 ARCHITECTURE = Architecture(
@@ -35,6 +44,7 @@ ARCHITECTURE = Architecture(
         },
     },
     extra_keys=_extra_keys,
+    restore=_restore,
     tokenizer=TokenizerRule(kinds=("bpe",)),
     tensors=(EMBEDDING, HEAD, *attention(permuted=True, bias="no"), *gated_mlp()),
 )

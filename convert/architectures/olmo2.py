@@ -11,6 +11,7 @@ from ..tokenizers import TokenizerRule
 from ._blocks import FRAME, LAYER, attention, gated_mlp, head_norms
 from ._config import layer_count
 from ._record import Architecture, Config, Default, TensorRule
+from ._restore import Stored
 
 
 def _extra_keys(config: Config) -> list[KeyValue]:
@@ -27,6 +28,23 @@ def _extra_keys(config: Config) -> list[KeyValue]:
         u32("olmo2.attention.sliding_window", config["sliding_window"]),
         booleans(key, local),
     ]
+
+
+def _restore(stored: Stored) -> dict[str, object]:
+    if "attention.sliding_window" not in stored.keys:
+        return {"attention_bias": stored.has("blk.0.attn_q.bias")}
+    local = stored.keys.get("attention.sliding_window_pattern")
+    kinds = [
+        "sliding_attention" if on else "full_attention" for on in ([] if local is None else local)
+    ]
+    return {
+        "model_type": "olmo3",
+        "architectures": ["Olmo3ForCausalLM"],
+        "sliding_window": stored.whole("attention.sliding_window"),
+        **({"layer_types": kinds} if kinds else {}),
+        "attention_bias": stored.has("blk.0.attn_q.bias"),
+        "rope_local_base_freq": ...,
+    }
 
 
 _COMMON: dict[str, Default] = {
@@ -54,6 +72,7 @@ ARCHITECTURE = Architecture(
         },
     },
     extra_keys=_extra_keys,
+    restore=_restore,
     tokenizer=TokenizerRule(kinds=("bpe",)),
     tensors=(
         *FRAME,

@@ -41,6 +41,7 @@ ARCHITECTURE = Architecture(
     },
     moe_layer=lambda config, layer: True,
     extra_keys=lambda config: [f32("olmoe.attention.layer_norm_rms_epsilon", 1e-5)],
+    restore=lambda stored: {"rms_norm_eps": 1e-5, "clip_qkv": None, "norm_topk_prob": False},
     tokenizer=TokenizerRule(kinds=("bpe",)),
     tensors=(
         *FRAME,

@@ -15,6 +15,7 @@ from ._blocks import (
     shared_expert,
 )
 from ._record import Architecture, Config
+from ._restore import Stored
 from .qwen3moe import is_moe_layer
 
 
@@ -25,6 +26,16 @@ def _extra_keys(config: Config) -> list[KeyValue]:
             "qwen2moe.expert_shared_feed_forward_length", config["shared_expert_intermediate_size"]
         ),
     ]
+
+
+def _restore(stored: Stored) -> dict[str, object]:
+    return {
+        "moe_intermediate_size": stored.whole("expert_feed_forward_length"),
+        "shared_expert_intermediate_size": stored.whole("expert_shared_feed_forward_length"),
+        "norm_topk_prob": False,  # llama.cpp knows no other
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
 
 
 ARCHITECTURE = Architecture(
@@ -51,6 +62,7 @@ ARCHITECTURE = Architecture(
     sizes=lambda config: {"one": 1},
     moe_layer=is_moe_layer,
     extra_keys=_extra_keys,
+    restore=_restore,
     tokenizer=TokenizerRule(kinds=("bpe",)),
     tensors=(
         *FRAME,

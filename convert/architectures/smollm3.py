@@ -9,7 +9,7 @@ from ...errors import UnsupportedError
 from ..gguf.values import KeyValue
 from ..tokenizers import TokenizerRule
 from ._blocks import FRAME, NORMS, attention, gated_mlp
-from ._llama_like import adjust_vocabulary, extra_keys, rope_freqs
+from ._llama_like import adjust_vocabulary, extra_keys, restore, rope_freqs
 from ._record import Architecture, Config, ExtraTensor
 
 _common_keys = extra_keys("smollm3")
@@ -46,6 +46,7 @@ ARCHITECTURE = Architecture(
     extra_keys=_extra_keys,
     extra_tensors=(ExtraTensor("rope_freqs.weight", rope_freqs),),
     adjust_vocabulary=adjust_vocabulary,
+    restore=restore,
     tokenizer=TokenizerRule(kinds=("spm", "spm_json", "bpe"), space_prefix=True),
     tensors=(*FRAME, *NORMS, *attention(permuted=True), *gated_mlp(bias="maybe")),
 )

@@ -29,6 +29,7 @@ ARCHITECTURE = Architecture(
             "tie_word_embeddings": True,
         },
     },
+    restore=lambda stored: {"use_bias": stored.has("blk.0.attn_q.bias"), "sliding_window": None},
     tokenizer=TokenizerRule(kinds=("bpe",)),
     tensors=(
         EMBEDDING,

@@ -43,6 +43,19 @@ NAMES = [
     "phi3",
     "phi3-long",
     "qwen3moe",
+    # beyond the families everybody uses
+    "cohere2",
+    "command-r",
+    "gemma",
+    "granite",
+    "granitemoe-shared",
+    "olmo",
+    "olmo2",
+    "olmo3",
+    "olmoe",
+    "qwen2moe",
+    "smollm3",
+    "starcoder2",
 ]
 
 

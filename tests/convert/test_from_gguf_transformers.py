@@ -17,8 +17,21 @@ import tiny_archs
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-FAMILIES = ["deepseek2-v3", "gemma2", "gemma3", "gpt-oss", "gpt2", "gptneox", "mixtral",
-            "phi3-long", "qwen3moe"]  # fmt: skip
+FAMILIES = [
+    "cohere2",
+    "deepseek2-v3",
+    "gemma2",
+    "gemma3",
+    "gpt-oss",
+    "gpt2",
+    "gptneox",
+    "granitemoe-shared",
+    "mixtral",
+    "olmo3",
+    "phi3-long",
+    "qwen2moe",
+    "qwen3moe",
+]
 MODELS = {
     "llama3": "bf16",
     "llama-linear": "f32",
