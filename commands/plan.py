@@ -20,6 +20,9 @@ _POOR = ("Q3_K_M", "IQ3_XXS", "Q2_K", "IQ2_XS")  # not recommended where another
 
 @click.command("plan")
 @click.argument("model", type=click.Path(exists=True))
+@click.option(
+    "--config", type=click.Path(exists=True), help="config.json, if the checkpoint has none."
+)
 @click.option("--gpus", type=click.IntRange(1), default=1, show_default=True, help="GPUs in all.")
 @click.option("--memory", type=Size(), default="80GB", show_default=True, help="Memory of a GPU.")
 @click.option("--nodes", type=click.IntRange(1), default=1, show_default=True, help="Machines.")
@@ -37,6 +40,7 @@ _POOR = ("Q3_K_M", "IQ3_XXS", "Q2_K", "IQ2_XS")  # not recommended where another
 @render_options
 def command(
     model: str,
+    config: str | None,
     gpus: int,
     memory: int,
     nodes: int,
@@ -61,7 +65,7 @@ def command(
     from ..trainer.plan import Machines, plan_training
     from ..trainer.plan_serving import plan_serving
 
-    sizes = model_sizes(model)
+    sizes = model_sizes(model, config)
     machines = Machines(gpus=gpus, memory=memory, nodes=nodes, fast=interconnect == "fast")
     training = None if train is False else plan_training(sizes, machines, seq_len, lora)
     serving = [] if train else plan_serving(sizes, machines, context)

@@ -97,11 +97,12 @@ class _Shape(LazyTensor):
         return iter(())
 
 
-def model_sizes(path: str | Path) -> ModelSizes:
+def model_sizes(path: str | Path, config: str | Path | None = None) -> ModelSizes:
     """Return the sizes of a model.
 
     Args:
         path: a ``config.json``, a folder that holds one, or a checkpoint of any format.
+        config: config.json or model folder, where the checkpoint has none.
 
     Raises:
         MconvError: nothing there to be understood, or an architecture that is not known.
@@ -109,13 +110,13 @@ def model_sizes(path: str | Path) -> ModelSizes:
     path = Path(path)
     file = path / "config.json" if path.is_dir() else path
     if file.name.endswith(".json") and file.is_file() and not _has_weights(path):
-        config = load_json(file)
-        if not isinstance(config, dict):
+        found = load_json(file)
+        if not isinstance(found, dict):
             raise ConfigError(f"{file}: expected a JSON object")
-        architecture = find_architecture(config)
-        full = complete_config(config, architecture)
+        architecture = find_architecture(found)
+        full = complete_config(found, architecture)
         return _sizes(architecture, full, _expected(architecture, full), {})
-    ckpt = to_hf(open_checkpoint(path))
+    ckpt = to_hf(open_checkpoint(path, config=config))
     architecture = find_architecture(ckpt.config)
     assert ckpt.config is not None, "else there is no architecture"
     full = complete_config(ckpt.config, architecture, ckpt.weights)

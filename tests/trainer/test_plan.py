@@ -223,3 +223,13 @@ def test_the_command(tmp_path: Path) -> None:
     assert json.loads(run.stdout)["train"]["offload"]
     with pytest.raises(ConfigError, match="cannot be shared evenly by 3 nodes"):
         Machines(gpus=8, memory=GB, nodes=3)
+
+
+@pytest.mark.parametrize("layout", ["hf", "zero3", "megatron"])
+def test_checkpoints_of_every_layout(layout: str) -> None:
+    folder = Path(__file__).parents[1] / "fixtures" / "trained"
+    sizes = model_sizes(folder / layout, folder / "hf")
+    assert (sizes.parameters, sizes.layers) == (
+        model_sizes(folder / "hf").parameters,
+        model_sizes(folder / "hf").layers,
+    )
