@@ -4,7 +4,8 @@ The zip of ``torch/serialization.py``: stored entries in one folder (``data.pkl`
 ``data/<key>``, ``version``, ``.data/serialization_id``), tensor data on multiples of 64 bytes.
 Checksums of tensor entries are 0, as torch writes them under
 ``torch.serialization.set_crc32_options(False)``: no loader of torch looks at them, and computing
-them would cost more than the copy itself. Only tools that check them (``unzip -t``) complain.
+them would cost half of the copy again (0.14 s per GB), its shortcut through the kernel, and headers
+that are known before the data. Only tools that check them (``unzip -t``) complain.
 """
 
 from __future__ import annotations
