@@ -130,13 +130,22 @@ def _decode(
         if found is None or weight.dtype not in (*_FP8, np.dtype(np.int8)):
             return None
         scale = found
-        block = settings.get("weight_block_size") if "weight_scale_inv" in parts else None
+        block = _block_size(settings) if "weight_scale_inv" in parts else None
         zero = parts.get("weight_zero_point")
         return scaled(
             name, weight, scale, dtype, block=block if scale.size > 1 else None, zero=zero
         )
     except KeyError as e:
         raise FormatError(f"{name}: {e.args[0]} is missing") from e
+
+
+def _block_size(settings: Mapping[str, Any]) -> tuple[int, int] | None:
+    size = settings.get("weight_block_size")
+    if size is None:
+        return None
+    if not isinstance(size, list | tuple) or [type(n) for n in size] != [int, int]:
+        raise ConfigError(f"quantization_config: weight_block_size is {size!r}, not two integers")
+    return size[0], size[1]
 
 
 def _words(
