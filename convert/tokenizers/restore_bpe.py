@@ -14,7 +14,14 @@ from .bpe import byte_level_text
 from .hf_json import AddedToken, BpeTokenizer
 from .pre import find_pre
 from .pre_restore import normalizer_of, pre_tokenizer_of
-from .restore_parts import added_token, is_padding, json_bytes, settings_of, template_of
+from .restore_parts import (
+    added_token,
+    is_padding,
+    json_bytes,
+    said_roles,
+    settings_of,
+    template_of,
+)
 from .vocabulary import TokenType, Vocabulary
 
 _BYTE_LEVEL = {
@@ -36,7 +43,9 @@ def bpe_files(vocabulary: Vocabulary, settings: Mapping[str, Any]) -> dict[str, 
     """
     texts = [str(text) for text in vocabulary.tokens]
     added = _added(vocabulary, texts)
-    both = {"bos", "eos"} <= set(vocabulary.specials.add)
+    add, said = vocabulary.specials.add, said_roles(vocabulary)
+    # byte-level post-processors say no for both; nothing says yes for a token that has no id
+    both = {"bos", "eos"} <= set(add) and all(r in said or not add[r] for r in ("bos", "eos"))
     template = template_of(vocabulary, texts)
     steps = [step for step in (_BYTE_LEVEL if both else None, template) if step is not None]
     document = {
@@ -61,8 +70,7 @@ def bpe_files(vocabulary: Vocabulary, settings: Mapping[str, Any]) -> dict[str, 
             "merges": list(vocabulary.merges),
         },
     }
-    said = {role for role, on in vocabulary.specials.add.items() if on}
-    implied = (said | ({"bos", "eos"} if both else set())) & {"bos", "eos"} if steps else set()
+    implied = said | ({"bos", "eos"} if both else set())
     control = {token["id"] for token in added if token["special"]}
     full = {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -71,10 +71,16 @@ def settings_of(
     }
 
 
+def said_roles(vocabulary: Vocabulary) -> set[str]:
+    """Return the roles that the post-processor of ``template_of`` puts around a text."""
+    add, ids = vocabulary.specials.add, vocabulary.specials.ids
+    return {role for role in ("bos", "eos") if add.get(role) and role in ids}
+
+
 def template_of(vocabulary: Vocabulary, texts: Sequence[str]) -> dict[str, Any] | None:
     """Return the post-processor that puts bos and eos around a text; None when none is put."""
-    add, ids = vocabulary.specials.add, vocabulary.specials.ids
-    ends = [texts[ids[r]] if add.get(r) and r in ids else None for r in ("bos", "eos")]
+    add, ids, said = vocabulary.specials.add, vocabulary.specials.ids, said_roles(vocabulary)
+    ends = [texts[ids[role]] if role in said else None for role in ("bos", "eos")]
     if not any(ends):
         return None
     return {

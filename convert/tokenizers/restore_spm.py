@@ -9,7 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .restore_parts import added_token, is_padding, json_bytes, settings_of, template_of
+from .restore_parts import (
+    added_token,
+    is_padding,
+    json_bytes,
+    said_roles,
+    settings_of,
+    template_of,
+)
 from .restore_ranked import ranked_merges
 from .spm import ADDED_SCORE, UNUSED_SCORE
 from .spm_proto import BPE, SpmSettings, write_model
@@ -62,7 +69,7 @@ def spm_files(vocabulary: Vocabulary, settings: Mapping[str, Any]) -> dict[str, 
     document = _document(vocabulary, texts, pieces, listed, unknown, merges)
     full = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        **settings_of(vocabulary, texts, {t["id"] for t in listed}, _said(vocabulary)),
+        **settings_of(vocabulary, texts, {t["id"] for t in listed}, said_roles(vocabulary)),
         **({} if vocabulary.add_space_prefix is None else {"add_prefix_space": prefix}),
         "added_tokens_decoder": {
             str(t["id"]): {k: v for k, v in t.items() if k != "id"}
@@ -95,11 +102,6 @@ def _unknown(texts: Sequence[str], kinds: Sequence[int], size: int) -> int:
     if marked:
         return marked[0]
     return texts.index("<unk>", 0, size) if "<unk>" in texts[:size] else 0
-
-
-def _said(vocabulary: Vocabulary) -> set[str]:
-    """Return the roles whose flags the post-processor says."""
-    return {role for role, on in vocabulary.specials.add.items() if on and role in ("bos", "eos")}
 
 
 def _document(

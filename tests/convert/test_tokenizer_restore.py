@@ -93,6 +93,7 @@ def small(**changes: Any) -> Vocabulary:
     ("ids", "add"),
     [
         ({}, {}),
+        ({}, {"bos": True, "eos": False}),
         ({"bos": 5}, {"bos": True}),
         ({"bos": 5, "eos": 6}, {"bos": True, "eos": False}),
         ({"bos": 5, "eos": 6}, {"bos": True, "eos": True}),
@@ -172,6 +173,13 @@ def test_sentencepiece(tmp_path: Path, prefix: bool | None) -> None:
         assert ids == model.encode(text), text
     assert model.encode("a") == ([6] if prefix is not False else [5])
     assert library.encode("a").ids[0] == 1
+
+
+@pytest.mark.parametrize("ids", [{}, {"bos": 1}, {"eos": 2}])
+@pytest.mark.parametrize("add", [{"bos": True, "eos": False}, {"bos": True, "eos": True}, {}])
+def test_flags_without_ids(tmp_path: Path, ids: dict[str, int], add: dict[str, bool]) -> None:
+    found = again(tmp_path, sentencepiece(specials=Specials(ids, add))).specials
+    assert (found.ids, found.add) == (ids, add)
 
 
 def test_tokens_that_sentencepiece_does_not_know_as_special(tmp_path: Path) -> None:
