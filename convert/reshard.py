@@ -118,15 +118,14 @@ def reshard(
         ready = in_model_order(ready)
     ready = from_hf(ready, writer.naming)
     planned = writer.plan(ready, layout)
-    files = [
-        *planned.files,
-        plan_json("mconv.json", _provenance(ckpt, layout, weights, planned.warnings)),
-    ]
+    groups = (ckpt.weights, *(ckpt.optimizer.values() if with_optimizer else ()))
+    sources = {p for g in groups for t in g.values() for p, _, _ in t.spans()}
+    options = json.dumps([weights, layout.dtype, layout.describe()])
+    plan = "0" * 64 if dry_run else fingerprint(planned.files, sources, options)
+    provenance = plan_json("mconv.json", _provenance(ckpt, layout, weights, planned, plan))
+    files = [*planned.files, provenance]
     report = _report(Path(dst), ready, planned, files)
     if not dry_run:
-        groups = (ckpt.weights, *(ckpt.optimizer.values() if with_optimizer else ()))
-        sources = {p for g in groups for t in g.values() for p, _, _ in t.spans()}
-        plan = fingerprint(files, sources, json.dumps([weights, layout.dtype, layout.describe()]))
         write_folder(
             report.target,
             files,
@@ -176,8 +175,12 @@ def _report(
 
 
 def _provenance(
-    ckpt: Checkpoint, layout: Layout, weights: str, warnings: Sequence[str]
+    ckpt: Checkpoint, layout: Layout, weights: str, planned: Planned, plan: str
 ) -> dict[str, Any]:
+    """What ``mconv.json`` says: where the output comes from, what it is, what it lacks.
+
+    ``plan`` is a SHA-256 of the place of every byte and of path, size and time of every source.
+    """
     return {
         "mconv": __version__,
         "source": {
@@ -188,5 +191,7 @@ def _provenance(
         },
         "layout": layout.describe(),
         "weights": weights,
-        "not_carried": list(warnings),
+        "not_carried": list(planned.warnings),
+        "plan": plan,
+        "files": {f.name: f.size for f in planned.files},
     }

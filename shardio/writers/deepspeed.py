@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ...errors import LayoutError
 from ..box import Index
 from ..checkpoint import Checkpoint
 from ..deepspeed.flat_cut import FlatGroup, shard_vector, subgroups
@@ -36,6 +37,13 @@ def plan(ckpt: Checkpoint, layout: Layout) -> Planned:
     Raises:
         LayoutError: axes other than dp.
     """
+    if layout.tp > 1 or layout.pp > 1:
+        cut = " and ".join(f"{a}={n}" for a, n in (("tp", layout.tp), ("pp", layout.pp)) if n > 1)
+        raise LayoutError(
+            f"format 'deepspeed' cannot be cut by {cut}: the stages of a PipelineModule depend on "
+            "the list of layers in the training script, and AutoTP cuts a Hugging Face model when "
+            "training starts (--to hf); write ZeRO with --dp, or Megatron's formats for --tp, --pp"
+        )
     only_axes(layout, "dp", "zero_stage")
     source = source_of(ckpt, layout, layout.zero_stage)
     make = {0: _whole, 3: _sharded}.get(layout.zero_stage, _replicated)
