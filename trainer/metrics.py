@@ -188,9 +188,10 @@ class LogHook(Hook):
             folder.mkdir(parents=True, exist_ok=True)
             self.writer = MetricsWriter(folder, metrics.step - 1, self._sinks)
         due = metrics.step % run.config.log.every == 0 or metrics.step == run.config.train.steps
-        if self.writer is not None and due:
+        broken = not math.isfinite(metrics.loss)
+        if self.writer is not None and (due or broken):
             self.writer.write(self.complete(run, metrics))
-        if not math.isfinite(metrics.loss):
+        if broken:
             raise TrainError(
                 f"step {metrics.step}: the loss is {metrics.loss}; go on from an earlier "
                 "checkpoint with a lower optim.lr or a lower train.clip"
