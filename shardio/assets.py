@@ -6,6 +6,7 @@ config, tokenizer, chat template. Found beside the weights or a level or two abo
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ _NAMES = (
     "chat_template.jinja",
 )
 _MAX_JSON = 64 << 20
+_MAX_YAML = 64 << 10
 
 
 def find_assets(folders: Iterable[Path]) -> tuple[Path, ...]:
@@ -63,6 +65,43 @@ def load_json(path: Path) -> Any:
         raise ConfigError(f"{path}: cannot be read ({e.strerror})") from e
     except (ValueError, RecursionError) as e:
         raise ConfigError(f"{path}: is not valid JSON ({e})") from e
+
+
+def _yaml_loader() -> Any:
+    """PyYAML's safe loader, which also takes ``1e-06`` as a number, as training codes' do."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    number = re.compile(r"^[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
+    return Loader
+
+
+def load_yaml(path: Path, section: str = "") -> Any:
+    """Parse a small YAML file, or one top-level section of it (its lines only: settings of training
+    runs can list thousands of data files besides).
+
+    Raises ConfigError naming the file when it is missing, too large or malformed.
+    """
+    import yaml
+
+    try:
+        if path.stat().st_size > _MAX_JSON:
+            raise ConfigError(f"{path}: {path.stat().st_size} bytes is too large for settings")
+        text = path.read_text(encoding="utf-8")
+        if section:
+            match = re.search(rf"^{section}:[^\n]*\n(?:[ \t#][^\n]*\n|\n)*", text + "\n", re.M)
+            text = match[0] if match else ""
+        if len(text) > _MAX_YAML:
+            raise ConfigError(f"{path}: {len(text)} characters are too many for settings")
+        found = yaml.load(text, _yaml_loader())
+        return found.get(section) if section and isinstance(found, dict) else found
+    except OSError as e:
+        raise ConfigError(f"{path}: cannot be read ({e.strerror})") from e
+    except (ValueError, RecursionError, yaml.YAMLError) as e:
+        raise ConfigError(f"{path}: is not valid YAML ({str(e)[:200]})") from e
 
 
 def load_config(assets: Iterable[Path]) -> Mapping[str, Any] | None:

@@ -23,6 +23,9 @@ _MARKERS = (
     ("torchtune", "layers.#.attn.q_proj.weight"),
     ("litgpt", "transformer.h.#.attn.qkv.weight"),
     ("litgpt", "transformer.h.#.attn.attn.weight"),
+    ("olmo", "transformer.blocks.#.att_proj.weight"),
+    ("olmo", "model.transformer.blocks.#.att_proj.weight"),
+    ("metaseq", "decoder.layers.#.self_attn.qkv_proj.weight"),
     ("olmo_core", "blocks.#.attention.w_q.weight"),
 )
 _PADDLE_ROOTS = ("llama", "mistral", "mixtral", "qwen2")
@@ -31,6 +34,7 @@ _PADDLE = tuple(
     for root in _PADDLE_ROOTS
     for part in ("q_proj", "qkv_proj")
 )
+_METASEQ = {"decoder.layers.#.self_attn.q_proj.weight", "decoder.layer_norm.weight"}
 _QUERY_NORM = "layers.#.attention.q_norm.weight"
 _GPT = "transformer.h.#.attn.c_attn.weight"
 
@@ -48,6 +52,8 @@ def world_of(weights: Mapping[str, LazyTensor], container: str = "") -> str:
             return "torchtitan" if titan else naming
     if not seen.keys().isdisjoint(_PADDLE):
         return "paddlenlp"
+    if seen.keys() >= _METASEQ and not any(n.startswith("encoder.") for n in seen):
+        return "metaseq"
     fused = seen.get(_GPT)
     if fused is not None and fused.ndim == 2 and fused.shape[0] == 3 * fused.shape[1]:
         return "nanogpt"

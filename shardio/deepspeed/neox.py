@@ -15,7 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...errors import ConfigError, UnsupportedError
+from ...errors import UnsupportedError
+from ..assets import load_yaml
 from ..placement import Fused, Placement, Replicate, Shard
 from .fused import Average, Sum
 
@@ -26,7 +27,6 @@ _NUMBER = re.compile(r"^(?:sequential\.|tied_modules\.embed\.)?(?:\d+\.)?")
 _COLUMN = re.compile(r"^mlp\.(?:dense_h_to_4h|linear1|w1|w3)\.(?:weight|bias)$")
 _ROW = re.compile(r"^(?:attention\.dense|mlp\.(?:dense_4h_to_h|linear2|w2))\.(weight|bias)$")
 _WHOLE = re.compile(r"(?:norm|layernorm)\.(?:weight|bias|scale)$")
-_MAX_SETTINGS = 64 << 10
 
 
 def is_neox(names: Iterable[str]) -> bool:
@@ -50,7 +50,7 @@ def read_settings(
     found: dict[str, str | int | float | bool] = {}
     files = sorted(p for p in (folder / "configs").glob("*") if p.suffix in (".yml", ".json"))
     for path in files:
-        found |= _plain(_load(path))
+        found |= _plain(load_yaml(path))
     if files:
         found.setdefault("gpt_j_residual", False)
     return _from_config(config or {}) | _plain(saved) | found
@@ -65,17 +65,6 @@ def _from_config(config: Mapping[str, Any]) -> dict[str, str | int | float | boo
         "num_attention_heads": "num_attention_heads", "num_key_value_heads": "num_kv_heads",
     }  # fmt: skip
     return _plain({ours: config.get(theirs) for theirs, ours in names.items()})
-
-
-def _load(path: Path) -> object:
-    import yaml
-
-    try:
-        if path.stat().st_size > _MAX_SETTINGS:
-            raise ConfigError(f"{path}: {path.stat().st_size} bytes is too large for settings")
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as e:
-        raise ConfigError(f"{path}: cannot be read as settings ({str(e)[:200]})") from e
 
 
 def _plain(settings: object) -> dict[str, str | int | float | bool]:

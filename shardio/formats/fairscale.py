@@ -26,7 +26,7 @@ from ..tensor import LazyTensor
 
 _FILE = re.compile(r"^(?P<stem>.+?)(?:-model_part-(?P<mp>\d+))?-shard(?P<shard>\d+)\.pt$")
 _THREADS = 8
-_ROWS = ("embed_tokens.weight", "fc1.weight", "fc1.bias")
+_ROWS = ("embed_tokens.weight", "output_projection.weight", "fc1.weight", "fc1.bias")
 _COLUMNS = ("out_proj.weight", "fc2.weight")
 _WHOLE = ("out_proj.bias", "fc2.bias", "layer_norm.weight", "layer_norm.bias", "version",
           "embed_positions.weight", "_float_tensor")  # fmt: skip

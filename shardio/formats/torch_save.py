@@ -41,6 +41,8 @@ def detect(path: Path) -> Path | None:
     except OSError:
         return None
     found = [p for p in names if p.is_file() and _is_torch_file(p)]
+    if len(found) > 1:  # a trainer's own state lies beside it (OLMo)
+        found = [p for p in found if p.stem == "model"]
     return found[0] if len(found) == 1 else None
 
 
