@@ -76,7 +76,20 @@ def prepare(
     if dtype is None:
         return out
     cast = {n: _cast(t, dtype) for n, t in out.weights.items()}
-    return replace(out, weights=cast, optimizer=_with_masters(out, dtype))
+    states = _with_masters(out, dtype)
+    lossy = _rounded(ckpt, out.weights, dtype) if "master" not in states else ()
+    return replace(out, weights=cast, optimizer=states, warnings=(*out.warnings, *lossy))
+
+
+def _rounded(ckpt: Checkpoint, weights: Tensors, dtype: np.dtype) -> tuple[str, ...]:
+    """What is told when the masters of a training run are rounded and not written along."""
+    wide = [t for t in weights.values() if is_float(t.dtype) and t.dtype.itemsize > dtype.itemsize]
+    if not ckpt.optimizer or not wide:
+        return ()
+    return (
+        f"lossy: {len(wide)} masters ({wide[0].dtype.name}) are rounded to {dtype.name}, so "
+        "training cannot go on exactly from these weights",
+    )
 
 
 def _with_masters(ckpt: Checkpoint, dtype: np.dtype) -> Mapping[str, Tensors]:
