@@ -54,7 +54,8 @@ class Decoded(LazyTensor):
             lo = at - at % height
             hi = min(lo + step, self.shape[0])
             end = min(hi, bottom)
-            value = self.decode(lo, hi, first, last)
+            with np.errstate(over="ignore", invalid="ignore"):  # damaged scales: they stay inf, NaN
+                value = self.decode(lo, hi, first, last)
             value = value[at - lo : end - lo, left - first : right - first]
             rounded = value if self.dtype == F32 else caster(F32, self.dtype)(value)
             out[at - top : end - top] = rounded
