@@ -10,6 +10,10 @@ from typing import Any
 import numpy as np
 
 
+#: One that is whole text; nothing is told of others.
+PLAIN_TOKEN = 300
+
+
 class LlamaCpp:
     """A loaded model. Loading fails with an exception when llama.cpp refuses the file."""
 
@@ -52,7 +56,7 @@ class LlamaCpp:
             "prompt": prompt,
             "n_predict": 1,
             "n_probs": size,
-            "ignore_eos": True,
+            "logit_bias": [[PLAIN_TOKEN, 1e4]],  # changes what is chosen, not what is told
             "temperature": 0.0,
             "top_k": 1,
             "cache_prompt": False,
