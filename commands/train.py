@@ -12,6 +12,7 @@ import click
 
 from ..errors import ConfigError
 from .options import human, render_options, show_json
+from .stages import Screen, fail_unless_proven
 
 if TYPE_CHECKING:
     from ..trainer.config import RunConfig
@@ -50,6 +51,8 @@ def command(
 ) -> None:
     """Train the run of a TOML file, on this machine or as a rank of torchrun.
 
+    With export.types in the file the model is exported when it is trained, as mconv pipeline does.
+
     \b
     mconv train run.toml --nproc 4
     mconv train run.toml --set optim.lr=3e-4 --set parallel.tp=2 --nproc 4
@@ -71,6 +74,8 @@ def command(
         _show_plan(config, place[1] if place else nproc, as_json)
     elif place:
         run_rank(config, *place)
+        if config.export.types and place[0] == 0:
+            click.echo(f"to export the model: mconv pipeline {run}")
         leave(0)
     else:
         resolve(config, nproc)
@@ -79,6 +84,8 @@ def command(
         with screen as shown:
             launch(Path(run), config.save.folder, nproc, shown.poll if shown else None, said)
         _show_end(config, time.monotonic() - started, as_json, quiet)
+        if config.export.types:
+            _export(config, quiet or as_json)
 
 
 def _absolute(text: str) -> str:
@@ -142,6 +149,18 @@ def _show_end(config: RunConfig, seconds: float, as_json: bool, quiet: bool) -> 
             f"step {last['step']} of {config.train.steps}, loss {last['loss']:.4f}, "
             f"{seconds:.1f} s: {config.save.folder}"
         )
+
+
+def _export(config: RunConfig, silent: bool) -> None:
+    """Make what ``[export]`` asks for, unless the run was ended before its last step."""
+    from ..trainer.checkpoint import step_folder
+    from ..trainer.pipeline_run import export_run
+
+    if not step_folder(config.save.folder, config.train.steps).is_dir():
+        return
+    with nullcontext(None) if silent else Screen(config.train.steps) as listener:
+        report = export_run(config, config.export.types, None, listener or (lambda _: None))
+    fail_unless_proven(report.proofs)
 
 
 def _show_plan(config: RunConfig, world_size: int, as_json: bool) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -123,12 +124,28 @@ def process_group(
     if device_type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)) % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl"
-    method = f"file://{store}" if store else "env://"
-    dist.init_process_group(backend, init_method=method, rank=rank, world_size=world_size)
+    place: dict[str, Any] = {"init_method": f"file://{store}" if store else "env://"}
+    if not store and (attempt := _attempt(world_size)) is not None:
+        place = {"store": attempt}
+    dist.init_process_group(backend, rank=rank, world_size=world_size, **place)
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def _attempt(world_size: int) -> dist.Store | None:
+    """Return this attempt's part of the store that torchrun shares with its ranks, if it does.
+
+    The store outlives ranks that died, and gloo would connect to their addresses. Agents of several
+    machines count restarts apart, so those need ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1``.
+    """
+    env = os.environ
+    shared = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if not shared or env.get("LOCAL_WORLD_SIZE") != str(world_size):
+        return None
+    store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), world_size, is_master=False)
+    return dist.PrefixStore(f"attempt-{env.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def set_threads(threads: int, world_size: int) -> None:

@@ -61,6 +61,18 @@ def run_pipeline(
         if losses:
             detail += f", loss {losses[0]:.2f} -> {losses[-1]:.3f}"
         tell(Stage("train", detail, time.monotonic() - started))
+    return export_run(config, types, out, tell)
+
+
+def export_run(
+    config: RunConfig, types: tuple[str, ...], out: Path | None, tell: Callable[[Any], None]
+) -> ExportReport:
+    """Export what a finished run became; arguments as for ``run_pipeline``.
+
+    Raises:
+        MconvError: the run is not finished, or a target cannot be used.
+    """
+    folder = step_folder(config.save.folder, config.train.steps)
     if not folder.is_dir():
         raise ConfigError(f"{config.save.folder}: training was ended early; start again to go on")
     tell(inspect_checkpoint(open_checkpoint(folder)))

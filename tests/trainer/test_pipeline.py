@@ -118,6 +118,14 @@ def test_training_goes_on_where_it_was(place: Path, first: dict[str, Any]) -> No
     assert sorted(folders) == ["step-00000004", "step-00000006"]
 
 
+def test_a_run_with_an_export_section_exports(place: Path) -> None:
+    path = write(place, "short", steps=1, sections='[export]\ntypes = ["q8_0"]')
+    done = CliRunner().invoke(cli, ["train", str(path), "--json"])
+    assert done.exit_code == 0, done.output + done.stderr + repr(done.exception)
+    assert json.loads(done.stdout)["last"]["step"] == 1
+    assert (place / "short" / "export" / "short-Q8_0.gguf").is_file()
+
+
 def test_an_adapter_is_merged(place: Path, first: dict[str, Any]) -> None:
     start = place / "whole" / "step-00000004"
     path = write(

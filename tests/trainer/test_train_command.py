@@ -143,3 +143,63 @@ def test_termination_reaches_the_ranks(prepared: Path) -> None:
     assert process.returncode == 0, stderr
     assert 0 < read_metrics(prepared / "long")[-1].step < 100000
     assert list((prepared / "long").glob("step-*"))
+
+
+DYING = """
+import os, sys
+from pathlib import Path
+from mconv.cli import main
+from mconv.trainer import loop
+
+step, died = loop.one_step, Path(sys.argv[1])
+
+def one_step(run):
+    if run.state.step == 3 and os.environ["RANK"] == "1" and not died.exists():
+        died.touch()
+        os._exit(3)
+    return step(run)
+
+loop.one_step = one_step
+main(["train", *sys.argv[2:]])
+"""
+
+
+def test_torchrun_starts_again_after_a_death(prepared: Path) -> None:
+    """A rank dies in its fourth step; torchrun starts both again, from the third's checkpoint.
+
+    On gloo the second start once met stale keys of the first one's store (pytorch#135712).
+    """
+    script, folder = prepared / "dying.py", prepared / "restarted"
+    script.write_text(DYING)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=1"]
+    run = [str(script), str(prepared / "died"), str(prepared / "run.toml")]
+    values = ("save.folder=restarted", "save.every=3", "train.steps=5")
+    settings = [word for value in values for word in ("--set", value)]
+    done = subprocess.run(
+        [*torchrun, "--nproc-per-node=2", *run, *settings], capture_output=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (prepared / "died").exists()
+    assert [m.step for m in read_metrics(folder)] == [1, 2, 3, 4, 5]
+    assert [p.name for p in sorted(folder.glob("step-*"))] == ["step-00000003", "step-00000005"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the ranks in /proc")
+def test_torchrun_starts_a_dead_rank_again(prepared: Path) -> None:
+    """It goes on from the newest checkpoint and finishes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=1"]
+    command += ["--nproc-per-node=2", "-m", "mconv", "train", str(prepared / "run.toml")]
+    command += ["--set", "save.folder=again", "--set", "train.steps=80", "--set", "save.every=10"]
+    first = prepared / "again" / "step-00000010" / "manifest.json"
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as agent:
+        deadline = time.monotonic() + 120
+        while not first.exists() and agent.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+        written = first.stat().st_mtime_ns
+        os.kill(int(children[-1]), signal.SIGKILL)
+        said, _ = agent.communicate(timeout=180)
+    assert agent.returncode == 0, said.decode()[-3000:]
+    assert (prepared / "again" / "step-00000080").is_dir()
+    assert first.stat().st_mtime_ns == written  # not trained anew
+    assert [m.step for m in read_metrics(prepared / "again")] == list(range(1, 81))
