@@ -114,9 +114,7 @@ def reshard(
         with_optimizer=with_optimizer,
         verify=verify,
     )
-    if writer.ordered:
-        ready = in_model_order(ready)
-    ready = from_hf(ready, writer.naming)
+    ready = from_hf(in_model_order(ready) if writer.ordered else ready, writer.naming)
     planned = writer.plan(ready, layout)
     groups = (ckpt.weights, *(ckpt.optimizer.values() if with_optimizer else ()))
     sources = {p for g in groups for t in g.values() for p, _, _ in t.spans()}
@@ -127,15 +125,9 @@ def reshard(
     report = _report(Path(dst), ready, planned, files)
     if not dry_run:
         write_folder(
-            report.target,
-            files,
-            plan=plan,
-            sources=sources,
-            force=force,
-            resume=resume,
-            limits=limits,
-            progress=progress,
-        )
+            report.target, files, plan=plan, sources=sources, force=force, resume=resume,
+            limits=limits, progress=progress,
+        )  # fmt: skip
     return report
 
 
