@@ -114,17 +114,11 @@ def from_gguf(
         warnings=tuple(warnings),
     )
     planned = get_writer("hf").plan(ckpt, Layout("hf", max_shard_size=max_shard_size))
-    own = next(f for f in planned.files if f.name == _CONFIG)
     files = [*planned.files, *(plan_bytes(name, data) for name, data in small.items())]
     files.append(plan_json("mconv.json", _provenance(file, dtype)))
     exact = wanted is None and not model.restored.decoded
-    with tempfile.TemporaryDirectory(prefix="mconv-from-gguf-") as scratch:
-        folder = Path(scratch) / (Path(dst).name or "model")
-        folder.mkdir()
-        for name, data in {**small, _CONFIG: _content(own)}.items():
-            (folder / name).write_bytes(data)
-        found = replace(ckpt, path=folder, assets=find_assets([folder]))
-        differences = _differences(found, file, exact=exact)
+    own = next(f for f in planned.files if f.name == _CONFIG)
+    texts = {**small, _CONFIG: _content(own)}
     report = FromGgufReport(
         source=file.paths[0],
         target=Path(dst),
@@ -134,7 +128,7 @@ def from_gguf(
         files={f.name: f.size for f in files},
         tensors=len(ckpt.weights),
         parameters=ckpt.num_parameters,
-        differences=differences,
+        differences=_what_differs(ckpt, file, texts, Path(dst).name, exact=exact),
         warnings=(*warnings, *planned.warnings),
     )
     if not dry_run:
@@ -182,6 +176,19 @@ def _small_files(
 def _content(out: OutFile) -> bytes:
     data: bytes = out.parts[0][1].data  # type: ignore[attr-defined]  # a BytesPayload
     return data
+
+
+def _what_differs(
+    ckpt: Checkpoint, file: GgufFile, texts: Mapping[str, bytes], name: str, *, exact: bool
+) -> tuple[str, ...]:
+    """Put the small files into a folder of the model's name and plan it as a GGUF file."""
+    with tempfile.TemporaryDirectory(prefix="mconv-from-gguf-") as scratch:
+        folder = Path(scratch) / (name or "model")
+        folder.mkdir()
+        for text, data in texts.items():
+            (folder / text).write_bytes(data)
+        found = replace(ckpt, path=folder, assets=find_assets([folder]))
+        return _differences(found, file, exact=exact)
 
 
 def _differences(ckpt: Checkpoint, file: GgufFile, *, exact: bool) -> tuple[str, ...]:

@@ -39,13 +39,11 @@ class ToolReport:
         files: path to bytes of what was written.
         changes: metadata keys that changed, with old and new value as shown to people.
         in_place: only the header was written.
-        note: what else a user should know.
     """
 
     files: dict[Path, int]
     changes: tuple[tuple[str, KeyValue | None, KeyValue | None], ...] = ()
     in_place: bool = False
-    note: str = ""
 
 
 def set_metadata(
@@ -130,7 +128,7 @@ def merge(
     entries = without(file.entries.values(), SPLIT_KEYS)
     target = Path(out)
     files = plan_files(target.name, entries, [_tensors(file)], alignment=file.alignment)
-    report = ToolReport({target: files[0].size}, note=f"{len(file.paths)} files")
+    report = ToolReport({target: files[0].size})
     if not dry_run:
         _write(target, files, file, force, resume, limits, progress)
     return report

@@ -37,7 +37,7 @@ from .architectures import (
     table_lines,
 )
 from .general import general_entries, naming
-from .gguf import KeyValue, TensorSpec
+from .gguf import TensorSpec
 from .gguf.files import OutTensor, plan_files
 from .gguf.settings import apply_settings
 from .gguf.values import f32, u32
@@ -89,10 +89,7 @@ def lora_to_gguf(
     """
     if type.upper() not in FILE_TYPES:
         raise ConfigError(f"an adapter's type is f32, f16, bf16 or q8_0, not {type!r}")
-    path = Path(base)
-    config = load_json(path / "config.json" if path.is_dir() else path)
-    architecture = find_architecture(config)
-    full = complete_config(config, architecture)
+    architecture, full = _family(Path(base))
     read = read_adapter(Path(adapter) if Path(adapter).is_dir() else Path(adapter).parent)
     _refuse(read)
     alpha = _alpha(read)
@@ -103,12 +100,11 @@ def lora_to_gguf(
     general = general_entries(
         architecture.name, read.folder.resolve(), shapes, name, override, adapter=True
     )
-    entries: list[KeyValue] = [
-        *general,
+    last = [
         f32("adapter.lora.alpha", alpha),
         u32("general.quantization_version", _QUANTIZATION_VERSION),
     ]
-    entries = apply_settings(entries, settings)
+    entries = apply_settings([*general, *last], settings)
     target = Path(out)
     if target.is_dir():
         target = target / f"{naming(entries, type.upper(), 'LoRA')}.gguf"
@@ -132,6 +128,13 @@ def lora_to_gguf(
         warnings=(),
         files=(target.name,),
     )
+
+
+def _family(path: Path) -> tuple[Architecture, dict[str, Any]]:
+    """Return the architecture of a base model and its completed configuration."""
+    config = load_json(path / "config.json" if path.is_dir() else path)
+    architecture = find_architecture(config)
+    return architecture, complete_config(config, architecture)
 
 
 @dataclass(frozen=True, slots=True)
