@@ -1,32 +1,40 @@
 """mconv.to_gguf and llama.cpp's own converter on the same models: are the files equal?
 
-    MCONV_LLAMACPP=/path/to/llama.cpp python benchmarks/compare_official.py [MODEL ...]
+    MCONV_LLAMACPP=/path/to/llama.cpp MCONV_LLAMA_QUANTIZE=/path/to/llama-quantize \\
+        python benchmarks/compare_official.py [MODEL ...]
 
-Makes small models with transformers (all architectures of ``tests/convert/tiny.py``, real
-vocabularies), converts each with both converters to F32, F16, BF16 and Q8_0, and compares metadata
-key by key (value and type) and tensors byte by byte. Prints a table and exits with 1 on a
-difference. Needs the test data (``MCONV_TEST_DATA``), torch and transformers.
+Makes small models with transformers (of ``tests/convert/tiny.py`` with real vocabularies, and of
+every architecture, ``tests/convert/tiny_archs.py``), converts each with both converters to F32,
+F16, BF16 and Q8_0, and with llama-quantize to Q4_K_M, and compares metadata key by key (value and
+type) and tensors byte by byte. Prints a table and exits with 1 on a difference. Needs the test data
+(``MCONV_TEST_DATA``), torch and transformers.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 from mconv.convert.gguf import GgufFile, ValueType, open_gguf
 from mconv.convert.to_gguf import to_gguf
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "convert"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "fixtures"))
+import make_arch_digests
+import tiny
+import tiny_archs
+from official_converter import OfficialError, official_convert, official_quantize
+
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("MCONV_TEST_DATA", ROOT.parent / "shared" / "data"))
-TYPES = ("f32", "f16", "bf16", "q8_0")
+PLAIN = ("f32", "f16", "bf16", "q8_0")
+MIXES = ("q4_k_m",)
+QUANTIZE = "MCONV_LLAMA_QUANTIZE"
 VOCABULARIES = {
     "llama": "spm",
     "mistral": "spm",
@@ -42,66 +50,81 @@ VOCABULARIES = {
 
 def main() -> int:
     """Run the comparison; return the exit code."""
-    tiny = load_tiny()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("models", nargs="*", default=[*tiny.MODELS])
-    parser.add_argument("--types", nargs="*", default=TYPES)
+    parser.add_argument("models", nargs="*", default=[*tiny.MODELS, *tiny_archs.OFFICIAL])
+    mixes = MIXES if os.environ.get(QUANTIZE) else ()
+    parser.add_argument("--types", nargs="*", default=[*PLAIN, *mixes])
     options = parser.parse_args()
     source = os.environ.get("MCONV_LLAMACPP")
     if not source:
         print("set MCONV_LLAMACPP to llama.cpp's source folder", file=sys.stderr)
         return 2
-    print(f"{'model':18} {'vocab':13} {'type':5} {'tensors':>9} {'keys':>7} file  theirs  ours")
+    print(
+        f"{'model':18} {'architecture':15} {'type':7} {'tensors':>9} {'keys':>7} file  theirs  ours"
+    )
     failed = 0
-    with tempfile.TemporaryDirectory() as scratch:
-        for name in options.models:
-            folder = Path(scratch) / name
-            save(tiny, name, folder)
+    for name in options.models:
+        family = tiny_archs.FAMILIES.get(name)
+        mixed = family is None or (family.mixes and not family.mxfp4)
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / f"tiny-{name}"
+            how = prepare(name, folder)
             for kind in options.types:
-                failed += compare(Path(source), name, folder, kind)
+                if kind in PLAIN or mixed:
+                    failed += compare(Path(source), name, folder, kind, how)
     return 1 if failed else 0
 
 
-def load_tiny() -> ModuleType:
-    """Import the model builders of the tests."""
-    spec = importlib.util.spec_from_file_location("tiny", ROOT / "tests" / "convert" / "tiny.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def prepare(name: str, folder: Path) -> tuple[str, list[str]]:
+    """Write a model with its tokenizer.
+
+    Returns:
+        Pre-tokenizer that llama.cpp cannot know, and entries of config.json that it loses.
+    """
+    if name in tiny.MODELS:
+        vocabulary = VOCABULARIES[name]
+        if vocabulary == "spm":
+            size = tiny.save_spm(DATA / "llama2-tokenizer.model", folder)
+        else:
+            size = tiny.save_bpe(DATA / "vocab" / f"ggml-vocab-{vocabulary}.gguf", folder)
+        tiny.save_model(name, folder, size)
+        return "", []
+    family = tiny_archs.FAMILIES[name]
+    record = make_arch_digests.saved_record(name, folder.with_name(f"{name}-saved"))
+    tiny_archs.write_recorded(record, folder, DATA, name)
+    return tiny_archs.pre_tokenizer(family), tiny_archs.kept(family)
 
 
-def save(tiny: ModuleType, name: str, folder: Path) -> None:
-    """Write the model and its tokenizer."""
-    vocabulary = VOCABULARIES[name]
-    if vocabulary == "spm":
-        size = tiny.save_spm(DATA / "llama2-tokenizer.model", folder)
-    else:
-        size = tiny.save_bpe(DATA / "vocab" / f"ggml-vocab-{vocabulary}.gguf", folder)
-    tiny.save_model(name, folder, size)
+def unquantized(name: str) -> str:
+    """Return the type that holds a model's weights as they are."""
+    return "f32" if name in tiny.MODELS and tiny.MODELS[name][2] == "float32" else "auto"
 
 
-def compare(source: Path, name: str, folder: Path, kind: str) -> int:
+def compare(source: Path, name: str, folder: Path, kind: str, how: tuple[str, list[str]]) -> int:
     """Convert with both, print a row, return 1 on a difference."""
     theirs, ours = folder.parent / f"{name}-theirs.gguf", folder.parent / f"{name}-ours.gguf"
-    script = [sys.executable, str(source / "convert_hf_to_gguf.py"), str(folder)]
     start = time.perf_counter()
-    run = subprocess.run(
-        [*script, "--outfile", str(theirs), "--outtype", kind], capture_output=True, check=False
-    )
-    middle = time.perf_counter()
-    if run.returncode:
-        print(f"{name:18} {kind:5} llama.cpp's converter failed:\n{run.stderr.decode()[-2000:]}")
+    try:
+        if kind in PLAIN:
+            official_convert(source, folder, theirs, kind, *how)
+        else:
+            whole = folder.parent / f"{name}-auto.gguf"
+            official_convert(source, folder, whole, unquantized(name), *how)
+            official_quantize(Path(os.environ[QUANTIZE]), whole, theirs, kind.upper())
+            whole.unlink()
+    except OfficialError as error:
+        print(f"{name:18} {kind:7} llama.cpp's converter failed:\n{error}")
         return 1
+    middle = time.perf_counter()
     to_gguf(folder, ours, kind, force=True)
     end = time.perf_counter()
     a, b = open_gguf(theirs), open_gguf(ours)
     keys, tensors = different_keys(a, b), different_tensors(a, b)
     same = theirs.read_bytes() == ours.read_bytes()
     print(
-        f"{name:18} {VOCABULARIES[name]:13} {kind:5} "
+        f"{name:18} {a['general.architecture']:15} {kind:7} "
         f"{len(b.tensors) - len(tensors):4}/{len(a.tensors):<4} "
         f"{len(a.entries) - len(keys):3}/{len(a.entries):<3} {'same' if same else 'DIFF'}  "
         f"{middle - start:5.1f}s {end - middle:5.2f}s",

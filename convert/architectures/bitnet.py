@@ -8,13 +8,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from ...errors import UnsupportedError
 from ..gguf.values import KeyValue, f32, string
 from ..tokenizers import TokenizerRule
 from ._blocks import EMBEDDING, LAYER, NORMS, attention, gated_mlp
 from ._record import Architecture, Config, TensorRule
 
+_ACTIVATION = "silu"
+
 
 def _extra_keys(config: Config) -> list[KeyValue]:
+    if config.get("hidden_act", _ACTIVATION) != _ACTIVATION:
+        raise UnsupportedError(
+            f"config.json: hidden_act is {config['hidden_act']!r}, llama.cpp's BitNet has "
+            f"{_ACTIVATION!r} and would answer nonsense"
+        )
     scaling = "bitnet.rope.scaling"
     return [string(f"{scaling}.type", "linear"), f32(f"{scaling}.factor", 1.0)]
 
@@ -52,5 +60,6 @@ ARCHITECTURE = Architecture(
         TensorRule("blk.{n}.ffn_sub_norm", f"{LAYER}.mlp.ffn_sub_norm", ("ff",)),
         TensorRule("blk.{n}.ffn_sub_norm", f"{LAYER}.mlp.ffn_layernorm", ("ff",)),
     ),
-    notes="the mean magnitudes are summed exactly, llama.cpp's converter rounds them",
+    notes="the mean magnitudes are summed exactly, llama.cpp's converter rounds them; not the 2B "
+    "with a squared ReLU",
 )  # fmt: skip

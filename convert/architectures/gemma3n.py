@@ -162,5 +162,5 @@ ARCHITECTURE = Architecture(
         _rule("proj", "per_layer_projection", "hidden", "per_layer"),
         _rule("post_norm", "post_per_layer_input_norm", "hidden"),
     ),
-    notes="text only: towers for images and sound are left out",
+    notes="text only; llama.cpp wants the keys and values of all layers, as the hub has them",
 )  # fmt: skip

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-
 #: One that is whole text; nothing is told of others.
 PLAIN_TOKEN = 300
 

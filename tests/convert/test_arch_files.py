@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mconv.convert.check import check_model
 from mconv.convert.to_gguf import to_gguf
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -31,6 +32,7 @@ def test_every_family_is_recorded() -> None:
 def test_golden_files(tmp_path: Path, data_dir: Path, name: str) -> None:
     record, folder = RECORDS[name], tmp_path / f"tiny-{name}"
     tiny_archs.write_recorded(record, folder, data_dir, name)
+    assert not check_model(folder, out=tmp_path / "x.gguf").problems
     to_gguf(folder, tmp_path / "{type}.gguf", ",".join(record["digests"]))
     for kind, digest in record["digests"].items():
         made = (tmp_path / f"{kind.upper()}.gguf").read_bytes()

@@ -159,6 +159,11 @@ STRANGE_ROPE = {"rope_type": "x", "long_factor": [1.0] * 8, "short_factor": [1.0
         ("smollm3", {"no_rope_layers": [1, 1, 1, 1, 1]}, "every fourth layer"),
         ("falcon", {"alibi": True}, "alibi"),
         ("phi3-long", {"rope_parameters": STRANGE_ROPE}, "'x'"),
+        ("bitnet-1bitllm", {"hidden_act": "relu2"}, "squared|relu2"),
+        ("nomic-bert", {"n_positions": 4096}, "n_positions"),
+        ("starcoder", {"multi_query": False}, "multi_query"),
+        ("gemma3n", {"altup_num_inputs": 2}, "altup_num_inputs"),
+        ("mistral3", {"model_type": "mistral4"}, "Mistral 4"),
     ],
 )
 def test_refusals(
