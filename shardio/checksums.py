@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import FormatError
 from .crc32c import crc32c, masked
 from .source import FileSource
 from .torchzip import FileSlice, ZipDirectory, archive_start
@@ -70,16 +69,7 @@ def archive_checksums(path: Path) -> list[Checksum]:
     return sorted(found, key=lambda c: c.offset)
 
 
-def is_archive(path: Path) -> bool:
-    """Whether a file ends as an archive does. Never raises."""
-    try:
-        source = FileSource.of(path)
-        return archive_start(source.handle().fd, source.size) is not None
-    except (FormatError, OSError):
-        return False
-
-
-def pieces(checksum: Checksum) -> Iterator[memoryview]:
+def _pieces(checksum: Checksum) -> Iterator[memoryview]:
     """Yield the bytes of a range. Raises FormatError when the file is short."""
     source = FileSource.of(checksum.path)
     buffer = memoryview(bytearray(min(_PIECE, checksum.nbytes)))
@@ -96,7 +86,7 @@ def mismatch(checksum: Checksum) -> str | None:
         FormatError: the file is short or unreadable.
     """
     value = 0
-    for part in pieces(checksum):
+    for part in _pieces(checksum):
         value = _KINDS[checksum.kind](part, value)
     if checksum.kind == "CRC-32C":
         value = masked(value)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
@@ -52,6 +53,13 @@ class Deferred(Chunked):
     def files(self) -> tuple[Path, ...]:
         """Return the file of each piece."""
         return super().files() if self._outline is None else self._outline
+
+    def forget(self) -> None:
+        """Drop the computed list, which is made again when it is needed."""
+        if self._outline is not None:
+            self._bounds = None
+            with suppress(AttributeError):
+                del self.chunks
 
     def __getattr__(self, name: str) -> tuple[Chunk, ...]:
         # only called while the slot of the base class is empty

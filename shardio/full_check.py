@@ -27,6 +27,7 @@ from .cast import caster
 from .checkpoint import Checkpoint
 from .checksums import Checksum, archive_checksums, mismatch
 from .coverage import Flaw, flaws
+from .flat_buffer import Deferred
 from .payload import first_span, row_slabs
 from .stream import Progress
 from .tensor import LazyTensor
@@ -122,7 +123,7 @@ def _jobs(ckpt: Checkpoint, broken: set[str]) -> tuple[list[_Job], list[Checksum
             + (master.nbytes if master is not None else 0)
         )
         run = _Tensor(name, weight, copies, master).flaws
-        jobs.append(_Job(first_span(weight), name, nbytes, run))
+        jobs.append(_Job(_place(weight), name, nbytes, run))
         checked.update(tensors=1, copies=len(copies), masters=master is not None)
     for state, tensors in ckpt.optimizer.items():
         for name, tensor in tensors.items():
@@ -130,7 +131,7 @@ def _jobs(ckpt: Checkpoint, broken: set[str]) -> tuple[list[_Job], list[Checksum
             if full in broken or (state == "master" and name in ckpt.weights):
                 continue
             run = _Tensor(full, tensor).flaws
-            jobs.append(_Job(first_span(tensor), full, tensor.nbytes, run))
+            jobs.append(_Job(_place(tensor), full, tensor.nbytes, run))
             checked["tensors"] += 1
     sums = _checksums(ckpt, jobs)
     by_file: dict[Path, list[Checksum]] = {}
@@ -143,12 +144,21 @@ def _jobs(ckpt: Checkpoint, broken: set[str]) -> tuple[list[_Job], list[Checksum
     return sorted(jobs, key=lambda j: j.place), sums, checked
 
 
+def _place(tensor: LazyTensor) -> tuple[str, int]:
+    """Where a tensor begins; for those without a list of pieces yet, the file alone."""
+    if any(isinstance(leaf, Deferred) for leaf in tensor.leaves()):
+        files = tensor.files()
+        return (str(files[0]), 0) if files else ("", 0)
+    return first_span(tensor)
+
+
 def _checksums(ckpt: Checkpoint, jobs: list[_Job]) -> list[Checksum]:
     """Those of the index, and those of the archives that hold tensors; damaged archives become
     jobs that fail.
     """
     groups = (ckpt.weights, *ckpt.optimizer.values(), dict(_copies(ckpt)))
-    paths = {path for g in groups for t in g.values() for path, _, _ in t.spans()}
+    lists = {id(f): f for g in groups for t in g.values() if (f := t.files())}
+    paths = {path for files in lists.values() for path in files}
     found = list(ckpt.checksums)
     for path in sorted(paths):
         if not path.is_file():  # a tensor that was computed
@@ -228,6 +238,10 @@ class _Tensor:
                 tick(fp32.nbytes)
             tick(here.nbytes * (1 + len(self.copies)))
         found += [self._copy(k) for k in sorted(unequal)]
+        for read in (self.tensor, *self.copies, *([] if self.master is None else [self.master])):
+            for leaf in read.leaves():
+                if isinstance(leaf, Deferred):
+                    leaf.forget()
         if other.count:
             found.append(disagreement(other.count, tensor.size, other.first, tensor.dtype))
         flaws = [Flaw(self.name, p) for p in (*values.problems(), *found)]

@@ -45,7 +45,11 @@ class LazyTensor(ABC):
 
     def files(self) -> tuple[Path, ...]:
         """Return the file of each piece (one may come several times)."""
-        return tuple(path for path, _, _ in self.spans())
+        leaves = list(self.leaves())
+        if len(leaves) == 1:
+            (leaf,) = leaves
+            return tuple(p for p, _, _ in self.spans()) if leaf is self else leaf.files()
+        return tuple(path for leaf in leaves for path in leaf.files())
 
     def leaves(self) -> Iterator[LazyTensor]:
         """Yield the tensors under this expression that are not made of others."""

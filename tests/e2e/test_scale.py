@@ -13,6 +13,7 @@ from mconv.shardio import Layout, open_checkpoint
 from mconv.shardio.checkpoint import Checkpoint
 from mconv.shardio.chunked import Chunked
 from mconv.shardio.flat_buffer import Deferred
+from mconv.shardio.full_check import verify_checkpoint
 from mconv.shardio.report import inspect_checkpoint
 from mconv.shardio.source import FileSource, close_files
 from mconv.shardio.stream import Limits
@@ -49,10 +50,13 @@ def test_a_world_of_64_ranks(tmp_path: Path, kind: str, monkeypatch: pytest.Monk
         assert len(flat) == 4 * len(model)  # weights, which are the masters, and two moments
         assert report.layout == {"dp": 64, "zero_stage": 3}
         assert len(report.rank_files) == 64
-        for tensor in flat:  # proven without a list of its pieces
-            assert isinstance(tensor, Deferred)
-            with pytest.raises(AttributeError):
-                object.__getattribute__(tensor, "chunks")
+        monkeypatch.undo()
+        for check in (lambda: None, lambda: verify_checkpoint(ckpt)):
+            check()
+            for tensor in flat:  # proven without a list of its pieces, read without keeping it
+                assert isinstance(tensor, Deferred)
+                with pytest.raises(AttributeError):
+                    object.__getattribute__(tensor, "chunks")
 
 
 def read_bytes() -> int:
