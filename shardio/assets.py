@@ -71,7 +71,7 @@ def _yaml_loader() -> Any:
     """PyYAML's safe loader, which also takes ``1e-06`` as a number, as training codes' do."""
     import yaml
 
-    class Loader(yaml.SafeLoader):
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no type stubs
         pass
 
     number = re.compile(r"^[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$")

@@ -1,9 +1,9 @@
 """The three containers of Megatron's distributed checkpoints, seen as one: keys and common state.
 
 ``torch_dist``: PyTorch DCP plus ``metadata.json``; ``common.pt`` until core 0.18, since then the
-item ``common_state``. ``zarr``: one folder per key. ``torch_dcp`` (torch FSDP2): plain DCP with
-keys ``model.*`` and the common entries as items of their own. Source: ``megatron/core/
-dist_checkpointing/strategies`` and ``megatron/training/checkpointing.py``.
+item ``common_state``. ``zarr``: one folder per key. ``torch_dcp`` (torch FSDP2) and
+``fsdp_dtensor``: plain DCP with keys ``model.*`` and the common entries as items of their own.
+Source: ``megatron/core/dist_checkpointing/strategies`` and ``megatron/training/checkpointing.py``.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from ..dcp_items import read_object
 from ..dcp_metadata import METADATA, Item
 from ..records import Record
 from ..torchfile import open_torch_file
+from .fsdp_dtensor import usual_keys
 from .names import is_ignored
 from .zarr import open_array, zarr_keys
 
@@ -96,6 +97,8 @@ def _dcp(folder: Path, backend: str) -> Container:
     if backend == "torch_dcp":
         common |= {key: objects.pop(key)() for key in _SINGLES if key in objects}
     tensors = {key: dcp.tensor(key) for key in dcp.metadata.tensors if not is_ignored(key)}
+    if backend == "torch_dcp":
+        tensors = usual_keys(tensors, folder)
     return Container(backend, tensors, common, objects, tuple(dcp.notes))
 
 
