@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ...errors import UnsupportedError
+from ...errors import FormatError, UnsupportedError
 from .restore_bpe import bpe_files
 from .restore_spm import spm_files
 from .vocabulary import Vocabulary
@@ -35,6 +35,9 @@ def restore_tokenizer(vocabulary: Vocabulary, *, max_length: int | None = None) 
         UnsupportedError: a kind of tokenizer, or a pre-tokenizer, that is not brought back.
         FormatError: tokens that are not text.
     """
+    for index, text in enumerate(vocabulary.tokens):
+        if isinstance(text, str) and any("\ud800" <= c <= "\udfff" for c in text):
+            raise FormatError(f"the vocabulary's token {index} is not UTF-8 text")
     settings = _settings(vocabulary, max_length)
     if vocabulary.model == "llama":
         files = spm_files(vocabulary, settings)

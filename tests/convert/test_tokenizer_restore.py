@@ -196,6 +196,8 @@ def test_refusals(tmp_path: Path) -> None:
         restore_tokenizer(small(pre="odd"))
     with pytest.raises(FormatError, match="UTF-8"):
         restore_tokenizer(small(tokens=[*small().tokens[:-1], "\udcff"]))
+    with pytest.raises(FormatError, match="token 0 is not UTF-8"):
+        restore_tokenizer(sentencepiece(tokens=["\udcff", *sentencepiece().tokens[1:]]))
     with pytest.raises(FormatError, match="no vocabulary"):
         stored_vocabulary({}, "x.gguf")
     entries = {e.key: e for e in vocabulary_entries(small(specials=Specials({"bos": 99})))}
