@@ -15,9 +15,8 @@ from .launch import leave
 def main(run: str, store: str, rank: str, world_size: str, *settings: str) -> int:
     """Train one rank; return the exit status."""
     from .config import load_config
-    from .launch import prefer_loopback, run_rank
+    from .launch import run_rank
 
-    prefer_loopback()
     try:
         config = load_config(Path(run), settings)
         run_rank(config, int(rank), int(world_size), Path(store))

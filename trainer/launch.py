@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -92,7 +93,10 @@ def run_rank(config: RunConfig, rank: int, world_size: int, store: Path | None =
 
     degrees = resolve(config, world_size)
     here = world_size if store else int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    if here == world_size:
+        prefer_loopback()
     set_threads(config.train.threads, here)
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     device = choose_device(config.train.device)
     with process_group(rank, world_size, store, device):
         train(config, build_meshes(degrees, device))

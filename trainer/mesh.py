@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from .degrees import Degrees
@@ -134,7 +135,7 @@ def process_group(
         dist.destroy_process_group()
 
 
-def _attempt(world_size: int) -> dist.Store | None:
+def _attempt(world_size: int) -> Store | None:
     """Return this attempt's part of the store that torchrun shares with its ranks, if it does.
 
     The store outlives ranks that died, and gloo would connect to their addresses. Agents of several
@@ -144,8 +145,8 @@ def _attempt(world_size: int) -> dist.Store | None:
     shared = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if not shared or env.get("LOCAL_WORLD_SIZE") != str(world_size):
         return None
-    store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), world_size, is_master=False)
-    return dist.PrefixStore(f"attempt-{env.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    store = TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), world_size, is_master=False)
+    return PrefixStore(f"attempt-{env.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def set_threads(threads: int, world_size: int) -> None:
