@@ -6,6 +6,7 @@ Commands live in ``commands/``, one module each, imported only when they are use
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from importlib import import_module
@@ -37,6 +38,9 @@ _COMMANDS = {
     "modelfile": "Make a Modelfile with a proven prompt template, or check one.",
     "diff": "Compare two checkpoints of any formats, tensor by tensor.",
 }
+
+# what a disk or its rights refuse is no bug of ours, wherever it shows
+_MACHINE = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EIO}
 
 
 class _Lazy(click.Group):
@@ -96,6 +100,10 @@ def main(args: list[str] | None = None) -> Any:
     except Exception as e:
         if "--debug" in argv:
             raise
+        if isinstance(e, OSError) and e.errno in _MACHINE and e.filename is not None:
+            said = f"{os.fsdecode(e.filename)}: {e.strerror}"
+            click.echo(f"{click.style('error:', fg='red', bold=True)} {said}", err=True)
+            sys.exit(2)
         click.echo(
             f"internal error: {type(e).__name__}: {e}\nThis is a bug of mconv; run with "
             "`mconv --debug ...` for the traceback and report it.",

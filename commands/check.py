@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -66,14 +67,17 @@ def command(
     if as_json:
         show_json({**asdict(result), "passed": result.passed})
     elif not quiet:
-        _show(result, every=tensors)
+        given = {"--config": config, "--tokenizer": tokenizer, "--format": source_format,
+                 "--adapter": adapter, "--vocab-size": vocab_size, "--pre": pre,
+                 "--weights": weights if weights != "model" else None}  # fmt: skip
+        _show(result, every=tensors, given=given)
     for problem in result.problems:
         click.echo(f"{click.style('problem:', fg='red')} {problem}", err=True)
     if not result.passed:
         raise click.exceptions.Exit(2)
 
 
-def _show(r: ModelCheck, *, every: bool) -> None:
+def _show(r: ModelCheck, *, every: bool, given: dict[str, Any]) -> None:
     rows = [("path", f"{r.path} ({r.format})"), ("architecture", r.architecture or "unknown")]
     if r.notes:
         rows.append(("note", r.notes))
@@ -104,9 +108,10 @@ def _show(r: ModelCheck, *, every: bool) -> None:
                    f"{human(t.nbytes):>10}  {t.source}{hazard}")  # fmt: skip
     warn((*r.warnings, *_hazards(r)))
     if r.passed:
-        click.echo(
-            f"nothing is in the way: mconv to-gguf {r.path} OUT.gguf --type {r.type.lower()}"
-        )
+        words = ["mconv", "to-gguf", str(r.path), "OUT.gguf", "--type", r.type.lower()]
+        for option, value in given.items():
+            words += [option, str(value)] if value is not None else []
+        click.echo(f"nothing is in the way: {shlex.join(words)}")
 
 
 def _types(tensors: tuple[TensorCheck, ...]) -> str:

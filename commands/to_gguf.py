@@ -93,7 +93,7 @@ def command(
 ) -> None:
     """Convert the checkpoint SRC of any layout to the GGUF file OUT, in one pass.
 
-    In a folder OUT the file is named by GGUF's naming convention.
+    In an existing folder OUT the file is named by GGUF's naming convention.
 
     \b
     mconv to-gguf runs/zero3 model.gguf --type q4_k_m
@@ -118,6 +118,8 @@ def command(
         made = _lora(src, out, chosen, base, name, metadata, recipe, force, dry_run)
         _show((made,), time.monotonic() - started, dry_run, as_json, quiet)
         return
+    if out.endswith("/") and not Path(out).is_dir():
+        raise ConfigError(f"{out}: no such folder; make it first, or name a .gguf file")
     ckpt: Any = src
     if not vocab_only:
         ckpt = open_checkpoint(src, format=source_format, config=config, adapter=adapter)

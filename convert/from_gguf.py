@@ -103,7 +103,7 @@ def from_gguf(
             fit; nothing is left behind.
     """
     file = open_gguf(src)
-    wanted = dtypes.parse(dtype) if dtype is not None else None
+    wanted = dtypes.parse_cast(dtype) if dtype is not None else None
     model = find_model(file, wanted, _own_config(config))
     small, warnings = _small_files(file, model, Path(tokenizer) if tokenizer is not None else None)
     ckpt = Checkpoint(

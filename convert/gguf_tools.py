@@ -226,7 +226,11 @@ def check_manifest(path: str | Path, manifest: str | Path) -> tuple[list[str], l
         ConfigError: the manifest has no line of this kind.
     """
     known: dict[tuple[str, str], str] = {}
-    for line in Path(manifest).read_text(encoding="utf-8").splitlines():
+    try:
+        lines = Path(manifest).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        lines = []
+    for line in lines:
         words = line.split(maxsplit=2)
         if len(words) == 3 and words[0] in ALGORITHMS:
             _, colon, tensor = words[2].rpartition(".gguf:")

@@ -108,7 +108,7 @@ def reshard(
     ready = prepare(
         ckpt,
         weights=weights,
-        dtype=dtypes.parse(layout.dtype) if layout.dtype else None,
+        dtype=dtypes.parse_cast(layout.dtype) if layout.dtype else None,
         vocab_size=vocab_size,
         tokenizer=Path(tokenizer) if tokenizer is not None else None,
         with_optimizer=with_optimizer,

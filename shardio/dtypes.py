@@ -104,6 +104,23 @@ def parse(text: str) -> np.dtype:
     return row.dtype
 
 
+def parse_cast(text: str) -> np.dtype:
+    """Return the dtype a user wants weights cast to: f64, f32, f16 or bf16.
+
+    Integers and float8 need a scale per block to mean anything; without one they lose the weights.
+
+    Raises:
+        ConfigError: unknown spelling, or a type that weights cannot simply be cast to.
+    """
+    dtype = parse(text)
+    if dtype not in (np.dtype(np.float64), FLOAT32, FLOAT16, BFLOAT16):
+        raise ConfigError(
+            f"weights cannot be cast to {name(dtype)}, which would lose them: give f32, f16 or "
+            "bf16 (`mconv to-gguf` and `mconv quantize` quantize)"
+        )
+    return dtype
+
+
 def is_float(dtype: np.dtype) -> bool:
     """Whether a dtype is a real floating type (numpy calls the ml_dtypes ones 'V' or 'f')."""
     return name(dtype).startswith(("float", "bfloat"))

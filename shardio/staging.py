@@ -274,7 +274,7 @@ def _check_space(target: Path, folder: Path, files: Sequence[OutFile]) -> None:
     free = shutil.disk_usage(target.parent).free
     if need > free:
         raise OutputError(
-            f"{target}: needs {need / 1e9:.2f} GB, only {free / 1e9:.2f} GB are free on that disk"
+            f"{target}: needs {need / 1e6:,.1f} MB, only {free / 1e6:,.1f} MB are free on that disk"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -99,3 +100,37 @@ def test_bad_input_is_one_error_and_exit_code_2(
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     out = mconv("--debug", "inspect", tmp_path / "absent")
     assert "Traceback" in out.stderr
+
+
+def test_a_cast_that_would_lose_the_weights_is_refused(zero3: Path, tmp_path: Path) -> None:
+    out = mconv("reshard", zero3, tmp_path / "hf", "--dtype", "int8")
+    assert out.returncode == 2
+    assert "give f32, f16 or bf16" in out.stderr
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_not_there_takes_no_gguf(zero3: Path, tmp_path: Path) -> None:
+    out = mconv("to-gguf", zero3, f"{tmp_path}/gguf/")
+    assert out.returncode == 2
+    assert "no such folder" in out.stderr
+    assert not any(tmp_path.iterdir())
+
+
+def test_check_tells_the_whole_command() -> None:
+    trained = Path(__file__).parent / "fixtures/trained"
+    model = trained / "hf"
+    out = mconv("check", trained / "zero3", "--config", model, "--tokenizer", model)
+    assert out.returncode == 0, out.stderr
+    assert f"--type f16 --config {model} --tokenizer {model}" in out.stdout
+
+
+def test_what_a_disk_refuses_is_no_bug(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mconv import cli
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", "out/Modelfile")
+
+    monkeypatch.setattr(cli.cli, "main", refuse)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([])
+    assert stopped.value.code == 2

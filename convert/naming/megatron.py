@@ -115,8 +115,8 @@ def _family(ckpt: Checkpoint, request: Request) -> Family:
             return family
     seen = ", ".join(f"{k}: {v}" for k, v in traits.items())
     raise ConfigError(
-        f"{ckpt.path}: cannot tell the kind of model ({seen}); say it with --model-type, one of "
-        f"{', '.join(f.model_type for f in FAMILIES)}"
+        f"{ckpt.path}: cannot tell the kind of model ({seen}); give a config.json (--config) "
+        f"whose model_type is one of {', '.join(f.model_type for f in FAMILIES)}"
     )
 
 

@@ -155,7 +155,8 @@ class Table:
             shown = "\n".join(f"  {p}" for p in problems[:_SHOWN])
             raise ConfigError(
                 f"{len(problems)} tensors do not fit the {self.name} model:\n{shown}{more}\n"
-                "Another model type may fit (--model-type), or the checkpoint is not whole"
+                "A config.json of another model_type may fit (--config), or the checkpoint is not "
+                "whole"
             )
         return out
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import re
 import tarfile
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -47,7 +48,8 @@ def bundle(store: Store, name: ModelName, target: Path, force: bool = False) -> 
     except OSError as error:
         raise OutputError(f"{target}: cannot be written: {error.strerror}") from None
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # on a read-only disk there is nothing to remove
+            part.unlink(missing_ok=True)
     return manifest
 
 

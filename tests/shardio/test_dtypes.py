@@ -32,6 +32,17 @@ def test_user_spellings() -> None:
         dtypes.from_torch("torch.qint8")
 
 
+@pytest.mark.parametrize("spelling", ["f64", "f32", "fp16", "BF16"])
+def test_weights_are_cast_to_wide_floats(spelling: str) -> None:
+    assert dtypes.parse_cast(spelling) == dtypes.parse(spelling)
+
+
+@pytest.mark.parametrize("spelling", ["int8", "bool", "u16", "fp8", "float8_e5m2", "complex64"])
+def test_casts_that_would_lose_the_weights_are_refused(spelling: str) -> None:
+    with pytest.raises(ConfigError, match="give f32, f16 or bf16"):
+        dtypes.parse_cast(spelling)
+
+
 def test_what_counts_as_a_float() -> None:
     assert dtypes.is_float(dtypes.BFLOAT16)
     assert dtypes.is_float(np.dtype(np.float64))

@@ -122,7 +122,7 @@ def test_qwen2_moe_with_a_gated_shared_expert() -> None:
     assert hf.weights["model.layers.0.mlp.shared_expert_gate.weight"].shape == (1, h)
     assert hf.weights["model.layers.0.mlp.experts.1.down_proj.weight"].shape == (h, f)
     assert any("mtp.layers.0.eh_proj" in w for w in hf.warnings)
-    with pytest.raises(ConfigError, match="--model-type"):
+    with pytest.raises(ConfigError, match="--config"):
         to_hf(replace(ckpt, weights={"embedding.word_embeddings.weight": rand(10, h)}))
 
 
