@@ -179,24 +179,3 @@ def test_torchrun_starts_again_after_a_death(prepared: Path) -> None:
     assert (prepared / "died").exists()
     assert [m.step for m in read_metrics(folder)] == [1, 2, 3, 4, 5]
     assert [p.name for p in sorted(folder.glob("step-*"))] == ["step-00000003", "step-00000005"]
-
-
-@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the ranks in /proc")
-def test_torchrun_starts_a_dead_rank_again(prepared: Path) -> None:
-    """It goes on from the newest checkpoint and finishes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=1"]
-    command += ["--nproc-per-node=2", "-m", "mconv", "train", str(prepared / "run.toml")]
-    command += ["--set", "save.folder=again", "--set", "train.steps=80", "--set", "save.every=10"]
-    first = prepared / "again" / "step-00000010" / "manifest.json"
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as agent:
-        deadline = time.monotonic() + 120
-        while not first.exists() and agent.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
-        written = first.stat().st_mtime_ns
-        os.kill(int(children[-1]), signal.SIGKILL)
-        said, _ = agent.communicate(timeout=180)
-    assert agent.returncode == 0, said.decode()[-3000:]
-    assert (prepared / "again" / "step-00000080").is_dir()
-    assert first.stat().st_mtime_ns == written  # not trained anew
-    assert [m.step for m in read_metrics(prepared / "again")] == list(range(1, 81))
