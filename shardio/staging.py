@@ -81,14 +81,12 @@ def write_folder(
 
     def finish(folder: Path) -> None:
         old = target.parent / f".{target.name}.mconv-old"
-        if old.exists():
-            shutil.rmtree(old)
-        if target.exists():
+        _remove(old)
+        if os.path.lexists(target):
             target.rename(old)
         folder.rename(target)
         _sync_folder(target.parent)
-        if old.exists():
-            shutil.rmtree(old)
+        _remove(old)
 
     taken = () if force else (target,)
     _staged(target, files, plan, taken, resume, limits or Limits(), progress, finish)
@@ -276,6 +274,14 @@ def _check_space(target: Path, folder: Path, files: Sequence[OutFile]) -> None:
         raise OutputError(
             f"{target}: needs {need / 1e6:,.1f} MB, only {free / 1e6:,.1f} MB are free on that disk"
         )
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder, a file or a link (not what it leads to), if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:

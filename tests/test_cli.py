@@ -134,3 +134,21 @@ def test_what_a_disk_refuses_is_no_bug(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit) as stopped:
         cli.main([])
     assert stopped.value.code == 2
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "dangling"])
+def test_force_replaces_what_is_no_folder(zero3: Path, tmp_path: Path, kind: str) -> None:
+    target, linked = tmp_path / "out/hf", tmp_path / "linked"
+    target.parent.mkdir()
+    if kind == "file":
+        target.write_text("old")
+    else:
+        target.symlink_to(linked)
+    if kind == "link":
+        linked.mkdir()
+        (linked / "kept").touch()
+    out = mconv("reshard", zero3, target, "--force")
+    assert out.returncode == 0, out.stderr
+    assert [p.name for p in target.parent.iterdir()] == ["hf"]
+    assert (target / "model.safetensors").is_file() and not target.is_symlink()
+    assert kind != "link" or (linked / "kept").exists()

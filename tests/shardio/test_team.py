@@ -181,8 +181,7 @@ def test_a_full_disk_can_be_resumed_by_another_number(tmp_path: Path, processes:
     )
     assert all(isinstance(e, OutputError) and "full" in str(e) for e in done)
     assert not target.exists()
-    journals = list(staging_folder(target).glob(".mconv-journal.*"))
-    assert journals
+    assert staging_folder(target).is_dir()
     good = [*files(), OutFile("bad", 1000, ((0, TensorPayload(from_array(np.ones(250, "f4")))),))]
     write_folder(target, good, plan="p", resume=True, limits=Limits(processes=processes))
     assert sorted(content(target)) == sorted([*(f"{k}.bin" for k in range(7)), "bad"])
