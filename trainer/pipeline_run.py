@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..convert.gguf_plan import parse_types
 from ..errors import ConfigError
 from ..shardio import open_checkpoint
 from ..shardio.report import inspect_checkpoint
@@ -47,6 +48,8 @@ def run_pipeline(
     """
     tell = listener or (lambda _: None)
     resolve(config, processes)
+    # a misspelt type is told before the training, not after it
+    parse_types(",".join(t for t in types if t.lower() != "auto") or TYPES[0], ())
     if config.save.resume not in ("auto", "none"):
         raise ConfigError("a pipeline resumes from its own folder: leave save.resume as it is")
     folder = step_folder(config.save.folder, config.train.steps)

@@ -83,6 +83,12 @@ def first(place: Path) -> dict[str, Any]:
     return piped(write(place, "whole"), "--nproc", "2", "--type", "f32,q4_k_m")
 
 
+def test_a_misspelt_type_is_told_before_the_training(place: Path) -> None:
+    done = CliRunner().invoke(cli, ["pipeline", str(write(place, "typo")), "--type", "q4_k_x"])
+    assert "did you mean 'q4_k" in str(done.exception)
+    assert not (place / "typo").exists()
+
+
 def test_everything_is_made_and_proven(place: Path, first: dict[str, Any]) -> None:
     assert first["ok"]
     assert len(first["proofs"]) >= 5
