@@ -151,7 +151,7 @@ def load_adapter(part: Decoder, folder: Path) -> None:
 
 
 class LoraHook(Hook):
-    """Starts from an adapter where one is given, and writes one into the run's folder at the end."""
+    """Starts from a given adapter, and writes one into the run's folder at the end."""
 
     def start(self, run: Run) -> None:
         """Load ``lora.init_from``, unless the run goes on from a checkpoint of its own."""
