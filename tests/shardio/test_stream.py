@@ -153,7 +153,7 @@ def test_too_little_space_is_said_before_writing(tmp_path: Path) -> None:
     huge = Chunked.contiguous(
         FileSource(Path("/nowhere"), 1 << 60), 0, (1 << 50,), np.dtype(np.uint8)
     )
-    with pytest.raises(OutputError, match=r"only .* GB are free"):
+    with pytest.raises(OutputError, match=r"only .* MB are free"):
         write_folder(tmp_path / "out", files(huge), plan="p")
     assert list(tmp_path.iterdir()) == []
 
