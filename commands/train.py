@@ -65,10 +65,12 @@ def command(
     from ..trainer.config import load_config
     from ..trainer.degrees import resolve
     from ..trainer.launch import launch, leave, run_rank, torchrun_rank
+    from ..trainer.pipeline_run import check_types
 
     paths = {"save.resume": resume, "model.init_from": init_from}
     said = [*settings, *(f"{k}={_absolute(v)}" for k, v in paths.items() if v is not None)]
     config = load_config(Path(run), said)
+    check_types(config.export.types)
     place = torchrun_rank()
     if dry_run:
         _show_plan(config, place[1] if place else nproc, as_json)

@@ -48,8 +48,7 @@ def run_pipeline(
     """
     tell = listener or (lambda _: None)
     resolve(config, processes)
-    # a misspelt type is told before the training, not after it
-    parse_types(",".join(t for t in types if t.lower() != "auto") or TYPES[0], ())
+    check_types(types)
     if config.save.resume not in ("auto", "none"):
         raise ConfigError("a pipeline resumes from its own folder: leave save.resume as it is")
     folder = step_folder(config.save.folder, config.train.steps)
@@ -65,6 +64,15 @@ def run_pipeline(
             detail += f", loss {losses[0]:.2f} -> {losses[-1]:.3f}"
         tell(Stage("train", detail, time.monotonic() - started))
     return export_run(config, types, out, tell)
+
+
+def check_types(types: Sequence[str]) -> None:
+    """Refuse a misspelt GGUF type before the training, not after it.
+
+    Raises:
+        ConfigError: a type that there is not.
+    """
+    parse_types(",".join(t for t in types if t.lower() != "auto") or TYPES[0], ())
 
 
 def export_run(

@@ -86,6 +86,9 @@ def first(place: Path) -> dict[str, Any]:
 def test_a_misspelt_type_is_told_before_the_training(place: Path) -> None:
     done = CliRunner().invoke(cli, ["pipeline", str(write(place, "typo")), "--type", "q4_k_x"])
     assert "did you mean 'q4_k" in str(done.exception)
+    run = write(place, "typo", sections='[export]\ntypes = ["q4_k_x"]')
+    done = CliRunner().invoke(cli, ["train", str(run)])
+    assert "did you mean 'q4_k" in str(done.exception)
     assert not (place / "typo").exists()
 
 
