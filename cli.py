@@ -10,7 +10,7 @@ import errno
 import os
 import sys
 from importlib import import_module
-from typing import Any
+from typing import NoReturn
 
 import click
 
@@ -77,36 +77,46 @@ def cli(ctx: click.Context, debug: bool) -> None:
     ctx.obj = {"debug": debug}
 
 
-def main(args: list[str] | None = None) -> Any:
+def main(args: list[str] | None = None) -> NoReturn:
     """Run the command line and exit."""
-    argv = sys.argv[1:] if args is None else args
+    code = _run(sys.argv[1:] if args is None else args)
+    team = sys.modules.get(f"{__package__}.shardio.team")
+    if team is not None and team.of_torchrun():
+        team.leave(code)
+    sys.exit(code)
+
+
+def _run(argv: list[str]) -> int:
+    """Run the command line; returns the exit code, with the error shown."""
     try:
         code = cli.main(argv, prog_name="mconv", standalone_mode=False)
-        sys.exit(code if isinstance(code, int) else 0)
+        return code if isinstance(code, int) else 0
     except click.ClickException as e:
         e.show()
-        sys.exit(2)
+        return 2
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted; run again with --resume to continue", err=True)
-        sys.exit(130)
+        return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        return 0
     except MconvError as e:
         if "--debug" in argv:
             raise
-        click.echo(f"{click.style('error:', fg='red', bold=True)} {e}", err=True)
-        sys.exit(2)
+        return _refused(str(e))
     except Exception as e:
         if "--debug" in argv:
             raise
         if isinstance(e, OSError) and e.errno in _MACHINE and e.filename is not None:
-            said = f"{os.fsdecode(e.filename)}: {e.strerror}"
-            click.echo(f"{click.style('error:', fg='red', bold=True)} {said}", err=True)
-            sys.exit(2)
+            return _refused(f"{os.fsdecode(e.filename)}: {e.strerror}")
         click.echo(
             f"internal error: {type(e).__name__}: {e}\nThis is a bug of mconv; run with "
             "`mconv --debug ...` for the traceback and report it.",
             err=True,
         )
-        sys.exit(1)
+        return 1
+
+
+def _refused(why: str) -> int:
+    click.echo(f"{click.style('error:', fg='red', bold=True)} {why}", err=True)
+    return 2

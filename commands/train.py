@@ -62,9 +62,10 @@ def command(
 
     if find_spec("torch") is None:
         raise ConfigError("training needs torch: pip install 'mconv[train]'")
+    from ..shardio.team import leave
     from ..trainer.config import load_config
     from ..trainer.degrees import resolve
-    from ..trainer.launch import launch, leave, run_rank, torchrun_rank
+    from ..trainer.launch import launch, run_rank, torchrun_rank
     from ..trainer.pipeline_run import check_types
 
     paths = {"save.resume": resume, "model.init_from": init_from}

@@ -7,10 +7,12 @@ one or several machines; torch is imported only there.
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 from ..errors import MconvError, OutputError
 
@@ -124,3 +126,19 @@ def together(team: Team, work: Callable[[], T]) -> T:
         kind = OutputError if resumable else MconvError
         raise kind(f"rank {rank} of {team.size}: {text}")
     return result
+
+
+def of_torchrun() -> bool:
+    """Whether this process has joined others that ``torchrun`` started."""
+    dist: Any = sys.modules.get("torch.distributed")
+    return "TORCHELASTIC_RUN_ID" in os.environ and dist is not None and dist.is_initialized()
+
+
+def leave(status: int) -> NoReturn:
+    """End the process of a rank at once.
+
+    Now and then gloo's threads abort the interpreter when it takes its modules down.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

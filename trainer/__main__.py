@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from ..errors import MconvError
-from .launch import leave
+from ..shardio.team import leave
 
 
 def main(run: str, store: str, rank: str, world_size: str, *settings: str) -> int:

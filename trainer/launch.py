@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from ..errors import ConfigError, TrainError
 from .config import RunConfig
@@ -166,13 +166,3 @@ def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
 
 def _log(folder: Path, rank: int) -> Path:
     return folder / f"rank-{rank}.log"
-
-
-def leave(status: int) -> NoReturn:
-    """End the process of a rank at once.
-
-    Now and then gloo's threads abort the interpreter when it takes its modules down.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
