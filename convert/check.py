@@ -145,29 +145,21 @@ def check_model(
     )
     kind = seen.look_at_model(ready) if ready is not None else None
     words = seen.look_at_vocabulary(ready, folder, kind, pre) if ready is not None else None
-    report: GgufReport | None = None
-    if ready is not None and not seen.problems:
-        report = seen.attempt(
-            lambda: to_gguf(
-                ready, out, type, tokenizer=folder, pre=pre, verify=False, force=True,
-                dry_run=True, limits=limits,
-            )
-        )  # fmt: skip
-    allowed, nbytes = limits or Limits(), report.nbytes if report is not None else 0
-    tensors = _tensors(report, scan=scan, progress=progress) if report is not None else ()
-    free = _free(Path(out))
-    short = f"the file takes {nbytes:,} bytes, {Path(out).absolute().parent} has {free:,} left"
+    report = seen.look_at_output(ready, out, type, folder, pre) if ready is not None else None
+    nbytes = report.nbytes if report is not None else 0
+    free = seen.look_at_space(nbytes, Path(out))
+    allowed = limits or Limits()
     return ModelCheck(
         path=ckpt.path,
         format=ckpt.format,
         architecture=kind.name if kind is not None else None,
         notes=kind.notes if kind is not None else "",
         type=report.type if report is not None else type.upper(),
-        problems=(*seen.problems, *((short,) if nbytes > free else ())),
+        problems=tuple(seen.problems),
         warnings=report.warnings if report is not None else ckpt.warnings,
         ignored=tuple(seen.ignored),
         vocabulary=words,
-        tensors=tensors,
+        tensors=_tensors(report, scan=scan, progress=progress) if report is not None else (),
         nbytes=nbytes,
         free=free,
         memory=allowed.workers() * 2 * allowed.slab(),
@@ -220,6 +212,26 @@ class _Findings:
             )
         )
         return _figures(found) if found is not None else None
+
+    def look_at_output(
+        self, ready: Checkpoint, out: str | Path, type: str, folder: Path | None, pre: str | None
+    ) -> GgufReport | None:
+        """Plan the file, where nothing is known to be in its way."""
+        if self.problems:
+            return None
+        return self.attempt(
+            lambda: to_gguf(
+                ready, out, type, tokenizer=folder, pre=pre, verify=False, force=True, dry_run=True
+            )
+        )
+
+    def look_at_space(self, nbytes: int, out: Path) -> int:
+        """Return the bytes free where a file would go."""
+        free = _free(out)
+        if nbytes > free:
+            folder = out.absolute().parent
+            self.problems.append(f"the file takes {nbytes:,} bytes, {folder} has {free:,} left")
+        return free
 
 
 def _figures(vocabulary: Vocabulary) -> VocabularyCheck:

@@ -22,7 +22,7 @@ from ..shardio.assets import find_assets, load_json
 from ..shardio.safetensors_plan import plan_bytes, plan_json
 from ..shardio.staging import fingerprint, write_folder
 from ..shardio.stream import Limits, OutFile, Progress
-from ..shardio.writers import get_writer
+from ..shardio.writers import Planned, get_writer
 from .from_gguf_card import generation_config, model_card
 from .from_gguf_model import FoundModel, find_model
 from .from_gguf_tensors import main_dtype
@@ -92,33 +92,25 @@ def from_gguf(
         config: the model's own config.json, or its folder, instead of one made of the metadata.
         tokenizer: folder with the model's own tokenizer, instead of one made of the metadata.
         max_shard_size: bytes of tensor data per safetensors file.
-        force: replace an existing folder.
-        resume: continue an interrupted run.
+        force, resume: replace an existing folder; continue an interrupted run.
         dry_run: plan and check everything, write nothing.
-        limits: memory and threads.
-        progress: called with (bytes done, bytes in all).
+        limits, progress: memory and threads; called with (bytes done, bytes in all).
 
     Raises:
-        MconvError: a damaged file, an architecture that is not brought back, tensors that do not
-            fit; nothing is left behind.
+        MconvError: a damaged file, an unknown architecture, misfits; nothing is left behind.
     """
     file = open_gguf(src)
     wanted = dtypes.parse_cast(dtype) if dtype is not None else None
     model = find_model(file, wanted, _own_config(config))
-    small, warnings = _small_files(file, model, Path(tokenizer) if tokenizer is not None else None)
+    small, warnings = _small_files(file, model, tokenizer)
     ckpt = Checkpoint(
-        path=Path(src),
-        format="gguf",
-        weights=model.restored.weights,
-        config=model.config,
+        path=Path(src), format="gguf", weights=model.restored.weights, config=model.config,
         warnings=tuple(warnings),
-    )
+    )  # fmt: skip
     planned = get_writer("hf").plan(ckpt, Layout("hf", max_shard_size=max_shard_size))
-    files = [*planned.files, *(plan_bytes(name, data) for name, data in small.items())]
-    files.append(plan_json("mconv.json", _provenance(file, dtype)))
+    beside = [plan_bytes(name, data) for name, data in small.items()]
+    files = [*planned.files, *beside, plan_json("mconv.json", _provenance(file, dtype))]
     exact = wanted is None and not model.restored.decoded
-    own = next(f for f in planned.files if f.name == _CONFIG)
-    texts = {**small, _CONFIG: _content(own)}
     report = FromGgufReport(
         source=file.paths[0],
         target=Path(dst),
@@ -128,14 +120,13 @@ def from_gguf(
         files={f.name: f.size for f in files},
         tensors=len(ckpt.weights),
         parameters=ckpt.num_parameters,
-        differences=_what_differs(ckpt, file, texts, Path(dst).name, exact=exact),
+        differences=_what_differs(ckpt, file, planned, small, Path(dst).name, exact=exact),
         warnings=(*warnings, *planned.warnings),
     )
     if not dry_run:
-        plan = fingerprint(files, file.paths, json.dumps([dtype]))
         write_folder(
-            report.target, files, plan=plan, sources=file.paths, force=force, resume=resume,
-            limits=limits, progress=progress,
+            report.target, files, plan=fingerprint(files, file.paths, json.dumps([dtype])),
+            sources=file.paths, force=force, resume=resume, limits=limits, progress=progress,
         )  # fmt: skip
     return report
 
@@ -150,7 +141,7 @@ def _own_config(path: str | Path | None) -> Mapping[str, Any] | None:
 
 
 def _small_files(
-    file: GgufFile, model: FoundModel, tokenizer: Path | None
+    file: GgufFile, model: FoundModel, tokenizer: str | Path | None
 ) -> tuple[dict[str, bytes], list[str]]:
     """Return the files beside the weights, and warnings."""
     warnings = []
@@ -160,7 +151,7 @@ def _small_files(
             "rounded away does not come back"
         )
     if tokenizer is not None:
-        folder = tokenizer if tokenizer.is_dir() else tokenizer.parent
+        folder = Path(tokenizer) if Path(tokenizer).is_dir() else Path(tokenizer).parent
         small = {p.name: p.read_bytes() for p in find_assets([folder]) if p.name != _CONFIG}
     else:
         context = file.get(f"{model.architecture.name}.context_length")
@@ -179,9 +170,17 @@ def _content(out: OutFile) -> bytes:
 
 
 def _what_differs(
-    ckpt: Checkpoint, file: GgufFile, texts: Mapping[str, bytes], name: str, *, exact: bool
+    ckpt: Checkpoint,
+    file: GgufFile,
+    planned: Planned,
+    small: Mapping[str, bytes],
+    name: str,
+    *,
+    exact: bool,
 ) -> tuple[str, ...]:
     """Put the small files into a folder of the model's name and plan it as a GGUF file."""
+    config = next(f for f in planned.files if f.name == _CONFIG)
+    texts = {**small, _CONFIG: _content(config)}
     with tempfile.TemporaryDirectory(prefix="mconv-from-gguf-") as scratch:
         folder = Path(scratch) / (name or "model")
         folder.mkdir()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..errors import ConfigError
+from ..errors import ConfigError, UnsupportedError
 from ..shardio import Checkpoint, Layout, dtypes
 from ..shardio.stream import Limits, Progress
 from ..shardio.writers._common import only_axes
@@ -19,6 +19,7 @@ def reshard_to_gguf(
     dst: Path,
     layout: Layout,
     *,
+    with_optimizer: bool | None,
     weights: str,
     vocab_size: int | None,
     tokenizer: str | Path | None,
@@ -34,6 +35,8 @@ def reshard_to_gguf(
     Raises:
         MconvError: as ``to_gguf``; a layout that cuts or asks for optimizer states.
     """
+    if with_optimizer:
+        raise UnsupportedError("format 'gguf' holds weights only: write with --weights-only")
     report = to_gguf(
         ckpt,
         dst,

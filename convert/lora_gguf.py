@@ -24,7 +24,7 @@ from ..shardio.assets import load_json
 from ..shardio.payload import BytesPayload
 from ..shardio.peft import Adapter, adapter_scale, read_adapter
 from ..shardio.staging import fingerprint, write_loose
-from ..shardio.stream import Limits, Progress
+from ..shardio.stream import Limits, OutFile, Progress
 from ..shardio.tensor import LazyTensor
 from .architectures import (
     TRANSFORMS,
@@ -37,7 +37,7 @@ from .architectures import (
     table_lines,
 )
 from .general import general_entries, naming
-from .gguf import TensorSpec
+from .gguf import KeyValue, TensorSpec
 from .gguf.files import OutTensor, plan_files
 from .gguf.settings import apply_settings
 from .gguf.values import f32, u32
@@ -80,54 +80,43 @@ def lora_to_gguf(
         big_endian: write for big-endian machines.
         force: replace an existing file.
         dry_run: plan and check everything, write nothing.
-        limits: memory and threads.
-        progress: called with (bytes done, bytes in all).
+        limits, progress: memory and threads; called with (bytes done, bytes in all).
 
     Raises:
         UnsupportedError: DoRA, whole modules, or weights whose factors GGUF cannot hold.
         MconvError: an adapter that does not fit the base model.
     """
-    if type.upper() not in FILE_TYPES:
-        raise ConfigError(f"an adapter's type is f32, f16, bf16 or q8_0, not {type!r}")
+    kind = _kind(type)
     architecture, full = _family(Path(base))
     read = read_adapter(Path(adapter) if Path(adapter).is_dir() else Path(adapter).parent)
     _refuse(read)
-    alpha = _alpha(read)
-    pairs = _pairs(read, architecture, full, alpha)
-    tensors = [_planned(t, type_by_name(type.upper())) for pair in pairs for t in pair.tensors]
-    shapes = [(pair.name, pair.shape) for pair in pairs]
+    pairs = _pairs(read, architecture, full, _alpha(read))
+    tensors = [_planned(t, kind) for pair in pairs for t in pair.tensors]
     override = Path(metadata) if metadata is not None else None
-    general = general_entries(
-        architecture.name, read.folder.resolve(), shapes, name, override, adapter=True
-    )
-    last = [
-        f32("adapter.lora.alpha", alpha),
-        u32("general.quantization_version", _QUANTIZATION_VERSION),
-    ]
-    entries = apply_settings([*general, *last], settings)
+    entries = apply_settings(_entries(read, architecture, pairs, name, override), settings)
     target = Path(out)
     if target.is_dir():
-        target = target / f"{naming(entries, type.upper(), 'LoRA')}.gguf"
-    outs = [
-        OutTensor(TensorSpec(t.name, t.shape, t.type.id, t.nbytes), payload(t)) for t in tensors
-    ]
-    files = plan_files(target.name, entries, [outs], big_endian=big_endian)
+        target = target / f"{naming(entries, kind.name, 'LoRA')}.gguf"
+    files = plan_files(target.name, entries, [[_out(t) for t in tensors]], big_endian=big_endian)
     if not dry_run:
-        header = files[0].parts[0][1]
-        assert isinstance(header, BytesPayload)
-        sources = {p for t in tensors for p, _, _ in t.tensor.spans()}
-        plan = fingerprint(files, sources, hashlib.sha256(header.data).hexdigest())
+        plan = _fingerprint(files, tensors)
         write_loose(target, files, plan=plan, force=force, limits=limits, progress=progress)
     return GgufReport(
         target=target,
         architecture=architecture.name,
-        type=type.upper(),
+        type=kind.name,
         nbytes=files[0].size,
         tensors=tensors,
         metadata=entries,
         warnings=(),
         files=(target.name,),
     )
+
+
+def _kind(name: str) -> GgmlType:
+    if name.upper() not in FILE_TYPES:
+        raise ConfigError(f"an adapter's type is f32, f16, bf16 or q8_0, not {name!r}")
+    return type_by_name(name.upper())
 
 
 def _family(path: Path) -> tuple[Architecture, dict[str, Any]]:
@@ -150,6 +139,36 @@ class _Pair:
     name: str
     shape: tuple[int, ...]
     tensors: tuple[tuple[str, LazyTensor], ...]
+
+
+def _entries(
+    adapter: Adapter,
+    architecture: Architecture,
+    pairs: Sequence[_Pair],
+    name: str | None,
+    override: Path | None,
+) -> list[KeyValue]:
+    """Return the metadata before a user's settings."""
+    shapes = [(pair.name, pair.shape) for pair in pairs]
+    folder = adapter.folder.resolve()
+    return [
+        *general_entries(architecture.name, folder, shapes, name, override, adapter=True),
+        f32("adapter.lora.alpha", _alpha(adapter)),
+        u32("general.quantization_version", _QUANTIZATION_VERSION),
+    ]
+
+
+def _out(tensor: PlannedTensor) -> OutTensor:
+    spec = TensorSpec(tensor.name, tensor.shape, tensor.type.id, tensor.nbytes)
+    return OutTensor(spec, payload(tensor))
+
+
+def _fingerprint(files: Sequence[OutFile], tensors: Sequence[PlannedTensor]) -> str:
+    """Digest of the work, the header included."""
+    header = files[0].parts[0][1]
+    assert isinstance(header, BytesPayload)
+    sources = {path for t in tensors for path, _, _ in t.tensor.spans()}
+    return fingerprint(files, sources, hashlib.sha256(header.data).hexdigest())
 
 
 def _refuse(adapter: Adapter) -> None:

@@ -6,10 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from .. import __version__
-from ..errors import UnsupportedError
 from ..shardio import Checkpoint, Layout, dtypes, open_checkpoint
 from ..shardio.assets import find_assets, load_config, load_json
 from ..shardio.safetensors_plan import plan_json
@@ -64,10 +62,10 @@ def reshard(
     limits: Limits | None = None,
     progress: Progress | None = None,
 ) -> ReshardReport:
-    """Write a checkpoint in another layout.
+    """Write a checkpoint in another layout and return what was (or would be) written.
 
     Args:
-        src: an opened checkpoint or its path.
+        src, config: an opened checkpoint or its path; config.json or model folder if it has none.
         dst: output folder.
         layout: target; ``Layout("hf")`` merges to Hugging Face safetensors, ``Layout("gguf")``
             makes ``dst`` a GGUF file. Its ``dtype`` casts the weights.
@@ -75,60 +73,88 @@ def reshard(
         with_optimizer: also write the optimizer states; None: where the target is a layout to train
             on and the source has them.
         vocab_size: true vocabulary size where the source is padded.
-        config: config.json or model folder, where the source has none.
         tokenizer: tokenizer folder to take along (and to learn the vocabulary size from).
         verify: compare replicas and sample master copies before writing.
-        force: replace an existing target.
-        resume: continue an interrupted run.
+        force, resume: replace an existing target; continue an interrupted run.
         dry_run: plan and prove everything, write nothing.
-        limits: memory and threads.
-        progress: called with (bytes done, bytes in all).
-
-    Returns:
-        What was (or would be) written.
+        limits, progress: memory and threads; called with (bytes done, bytes in all).
 
     Raises:
         MconvError: any bad input, impossible request or full disk; nothing is left behind.
     """
-    ckpt = opened(src, config)
-    layout = layout or Layout("hf")
+    ckpt, layout = opened(src, config), layout or Layout("hf")
     if layout.format == GGUF:
-        if with_optimizer:
-            raise UnsupportedError("format 'gguf' holds weights only: write with --weights-only")
         from .gguf_target import reshard_to_gguf  # which needs this module
 
         return reshard_to_gguf(
-            ckpt, Path(dst), layout, weights=weights, vocab_size=vocab_size, tokenizer=tokenizer,
-            verify=verify, force=force, resume=resume, dry_run=dry_run, limits=limits,
-            progress=progress,
+            ckpt, Path(dst), layout, with_optimizer=with_optimizer, weights=weights,
+            vocab_size=vocab_size, tokenizer=tokenizer, verify=verify, force=force, resume=resume,
+            dry_run=dry_run, limits=limits, progress=progress,
         )  # fmt: skip
-    writer = get_writer(layout.format, also=[GGUF])
     if with_optimizer is None:
-        with_optimizer = writer.resumes and bool(ckpt.optimizer)
+        with_optimizer = _to_train_on(layout) and bool(ckpt.optimizer)
     ready = prepare(
-        ckpt,
-        weights=weights,
-        dtype=dtypes.parse_cast(layout.dtype) if layout.dtype else None,
-        vocab_size=vocab_size,
-        tokenizer=Path(tokenizer) if tokenizer is not None else None,
-        with_optimizer=with_optimizer,
-        verify=verify,
-    )
+        ckpt, weights=weights, dtype=dtypes.parse_cast(layout.dtype) if layout.dtype else None,
+        vocab_size=vocab_size, tokenizer=Path(tokenizer) if tokenizer is not None else None,
+        with_optimizer=with_optimizer, verify=verify,
+    )  # fmt: skip
+    work = _plan(ckpt, ready, layout, weights, with_optimizer, dry_run=dry_run)
+    if not dry_run:
+        write_folder(
+            Path(dst), work.files, plan=work.digest, sources=work.sources, force=force,
+            resume=resume, limits=limits, progress=progress,
+        )  # fmt: skip
+    return work.report(Path(dst))
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """All that is to be written.
+
+    Attributes:
+        weights: as they are written, with the writer's names.
+        files: all of them.
+        sources: every file that is read.
+        digest: SHA-256 of the place of every byte and of path, size and time of every source.
+        warnings: what a user should know.
+    """
+
+    weights: Checkpoint
+    files: Sequence[OutFile]
+    sources: set[Path]
+    digest: str
+    warnings: tuple[str, ...]
+
+    def report(self, target: Path) -> ReshardReport:
+        """Describe it."""
+        sizes = {f.name: f.size for f in self.files}
+        parameters = self.weights.num_parameters
+        return ReshardReport(target, sizes, len(self.weights.weights), parameters, self.warnings)
+
+
+def _to_train_on(layout: Layout) -> bool:
+    return get_writer(layout.format, also=[GGUF]).resumes
+
+
+def _plan(
+    ckpt: Checkpoint,
+    ready: Checkpoint,
+    layout: Layout,
+    weights: str,
+    with_optimizer: bool,
+    *,
+    dry_run: bool,
+) -> _Work:
+    """Lay all files out; ``ready`` is the checkpoint with Hugging Face names."""
+    writer = get_writer(layout.format, also=[GGUF])
     ready = from_hf(in_model_order(ready) if writer.ordered else ready, writer.naming)
     planned = writer.plan(ready, layout)
     groups = (ckpt.weights, *(ckpt.optimizer.values() if with_optimizer else ()))
-    sources = {p for g in groups for t in g.values() for p, _, _ in t.spans()}
-    options = json.dumps([weights, layout.dtype, layout.describe()])
-    plan = "0" * 64 if dry_run else fingerprint(planned.files, sources, options)
-    provenance = plan_json("mconv.json", _provenance(ckpt, layout, weights, planned, plan))
-    files = [*planned.files, provenance]
-    report = _report(Path(dst), ready, planned, files)
-    if not dry_run:
-        write_folder(
-            report.target, files, plan=plan, sources=sources, force=force, resume=resume,
-            limits=limits, progress=progress,
-        )  # fmt: skip
-    return report
+    sources = {path for group in groups for t in group.values() for path, _, _ in t.spans()}
+    asked = json.dumps([weights, layout.dtype, layout.describe()])
+    digest = "0" * 64 if dry_run else fingerprint(planned.files, sources, asked)
+    files = [*planned.files, _provenance(ckpt, layout, weights, planned, digest)]
+    return _Work(ready, files, sources, digest, (*ready.warnings, *planned.warnings))
 
 
 def opened(
@@ -154,26 +180,14 @@ def opened(
     return replace(src, config=found or src.config, assets=(*assets, *src.assets))
 
 
-def _report(
-    target: Path, ready: Checkpoint, planned: Planned, files: Sequence[OutFile]
-) -> ReshardReport:
-    return ReshardReport(
-        target,
-        {f.name: f.size for f in files},
-        len(ready.weights),
-        ready.num_parameters,
-        (*ready.warnings, *planned.warnings),
-    )
-
-
 def _provenance(
-    ckpt: Checkpoint, layout: Layout, weights: str, planned: Planned, plan: str
-) -> dict[str, Any]:
+    ckpt: Checkpoint, layout: Layout, weights: str, planned: Planned, digest: str
+) -> OutFile:
     """What ``mconv.json`` says: where the output comes from, what it is, what it lacks.
 
     ``plan`` is a SHA-256 of the place of every byte and of path, size and time of every source.
     """
-    return {
+    content = {
         "mconv": __version__,
         "source": {
             "path": str(ckpt.path),
@@ -184,6 +198,7 @@ def _provenance(
         "layout": layout.describe(),
         "weights": weights,
         "not_carried": list(planned.warnings),
-        "plan": plan,
+        "plan": digest,
         "files": {f.name: f.size for f in planned.files},
     }
+    return plan_json("mconv.json", content)

@@ -106,57 +106,45 @@ def to_gguf(
     limits: Limits | None = None,
     progress: Progress | None = None,
 ) -> GgufReport:
-    """Write a checkpoint as a GGUF file.
+    """Write a checkpoint as a GGUF file and return what was (or would be) written.
 
     Args:
-        src: an opened checkpoint or its path, of any format and layout.
+        src, config: an opened checkpoint or its path; config.json or folder if it has none.
         out: the file to write; for several types see ``mconv.convert.quantize.output_names``. In a
             folder the file is named by GGUF's naming convention.
         type: ``f32``, ``f16``, ``bf16``, ``q8_0``, ``auto`` (the weights' own 16-bit type), a mix
             such as ``q4_k_m``, or several of these with commas, all made in one pass.
         tokenizer: folder with the tokenizer; by default the checkpoint's own.
-        config: config.json or model folder, where the checkpoint has none.
         name: the model's name in the metadata; by default from its folder or model card.
         pre: llama.cpp's name of the pre-tokenizer, instead of the recognized one.
         weights: ``model`` or ``master`` (the optimizer's fp32 copies).
         vocab_size: true vocabulary size where the checkpoint's embedding is padded.
         quantization: changes to the mixes, importance matrix, metadata overrides, shard size.
         metadata: JSON file with ``general.*`` keys that win over the model card's.
-        vocab_only: write metadata and vocabulary, no tensors; ``src`` may be a folder without
-            weights.
+        vocab_only: write no tensors; ``src`` may be a folder without weights.
         vocab_fix: ``pad`` or ``trim``, where tokenizer and embedding differ in size.
         verify: compare replicas and sample master copies before writing.
-        force: replace an existing file.
-        resume: continue an interrupted run.
+        force, resume: replace an existing file; continue an interrupted run.
         dry_run: plan and prove everything, write nothing.
-        limits: memory and threads.
-        progress: called with (bytes done, bytes in all).
-
-    Returns:
-        What was (or would be) written.
+        limits, progress: memory and threads; called with (bytes done, bytes in all).
 
     Raises:
         MconvError: any bad input, impossible request or full disk; nothing is left behind.
     """
     folder = Path(tokenizer) if tokenizer is not None else None
-    options = quantization or QuantizeOptions()
-    _check(options)
+    options = _checked(quantization or QuantizeOptions())
     general = _General(name, Path(metadata) if metadata is not None else None)
-    if vocab_only:
-        ckpt = ready = _without_weights(src, config)
-    else:
-        ckpt = open_source(src, config)
-        ready = prepare(
-            ckpt, weights=weights, vocab_size=vocab_size, tokenizer=folder, verify=verify
-        )
+    ckpt = _without_weights(src, config) if vocab_only else open_source(src, config)
+    ready = ckpt if vocab_only else prepare(
+        ckpt, weights=weights, vocab_size=vocab_size, tokenizer=folder, verify=verify
+    )  # fmt: skip
     words = _Words(folder, pre, vocab_only, vocab_fix)
     reports, files = _plan(ready, Path(out), type, words, general, options)
     if not dry_run:
-        plan = _fingerprint(files, ckpt, [weights], options)
-        target = reports[0].target
         write_loose(
-            target, files, plan=plan, force=force, resume=resume, limits=limits, progress=progress
-        )
+            reports[0].target, files, plan=_fingerprint(files, ckpt, [weights], options),
+            force=force, resume=resume, limits=limits, progress=progress,
+        )  # fmt: skip
     return replace(reports[0], more=tuple(reports[1:]))
 
 
@@ -341,9 +329,10 @@ def _without_weights(src: Checkpoint | str | Path, config: str | Path | None) ->
     return opened(empty, config if config is not None else folder)
 
 
-def _check(options: QuantizeOptions) -> None:
+def _checked(options: QuantizeOptions) -> QuantizeOptions:
     if options.prune_layers or options.keep_split:
         raise ConfigError("layers are pruned, and splits kept, by `mconv quantize` on a GGUF file")
+    return options
 
 
 def _fingerprint(

@@ -20,7 +20,6 @@ from .pickle_nesting import check_nesting
 from .pickle_ops import HANDLERS, MAX_MARKS, is_blank, set_items
 from .records import Global, Record
 
-_STOP = 0x2E
 _GC_PAUSE_BYTES = 100_000
 _LONGEST_FIXED = 9  # bytes of the longest opcode with a fixed argument
 
@@ -87,11 +86,9 @@ def _run(machine: Machine) -> None:
     """
     data, stack, memo, marks = machine.data, machine.stack, machine.memo, machine.marks
     push, pop, remember = stack.append, stack.pop, memo.append
-    handlers = HANDLERS
-    from_bytes = int.from_bytes
+    handlers, from_bytes = HANDLERS, int.from_bytes
     pos, end = machine.pos, len(data)
-    while True:
-        op = data[pos]
+    while (op := data[pos]) != 0x2E:  # STOP
         pos += 1
         if op == 0x94:  # MEMOIZE
             remember(stack[-1])
@@ -131,19 +128,14 @@ def _run(machine: Machine) -> None:
         elif op == 0x86:  # TUPLE2
             second = pop()
             stack[-1] = (stack[-1], second)
-        elif op == 0x87:  # TUPLE3
-            third, second = pop(), pop()
-            stack[-1] = (stack[-1], second, third)
         elif op == 0x71 and data[pos] == len(memo):  # BINPUT, in sequence
             remember(stack[-1])
             pos += 1
         elif op == 0x8C and (stop := pos + 1 + data[pos]) <= end:  # SHORT_BINUNICODE
             push(str(data[pos + 1 : stop], "utf-8", "surrogatepass"))
             pos = stop
-        elif op == _STOP:
-            machine.pos = pos
-            return
         else:
             machine.pos = pos
             handlers[op](machine)
             pos = machine.pos
+    machine.pos = pos + 1
