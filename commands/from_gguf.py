@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -18,6 +19,9 @@ from .options import (
     show_json,
     warn,
 )
+
+if TYPE_CHECKING:
+    from ..convert.from_gguf import FromGgufReport
 
 _SHOWN = 10
 
@@ -86,9 +90,11 @@ def command(
     seconds = time.monotonic() - started
     if as_json:
         show_json({**asdict(report), "seconds": round(seconds, 3), "dry_run": dry_run})
-        return
-    if quiet:
-        return
+    elif not quiet:
+        _show(report, seconds, dry_run)
+
+
+def _show(report: FromGgufReport, seconds: float, dry_run: bool) -> None:
     warn(report.warnings)
     if report.differences:
         count = len(report.differences)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -108,6 +108,11 @@ class Asked:
     max_shard_size: int | None
     max_shard_tensors: int | None
     big_endian: bool
+
+    @classmethod
+    def taken(cls, given: dict[str, Any]) -> Asked:
+        """Take them out of all options that a command was given."""
+        return cls(**{one.name: given.pop(one.name) for one in fields(cls)})
 
     def options(self) -> QuantizeOptions:
         """Parse them. Raises QuantError for a bad pattern or type."""

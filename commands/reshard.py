@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -22,6 +22,9 @@ from .options import (
     source_options,
     warn,
 )
+
+if TYPE_CHECKING:
+    from ..convert.reshard import ReshardReport
 
 
 @click.command("reshard")
@@ -95,11 +98,14 @@ def command(
     seconds = time.monotonic() - started
     if as_json:
         show_json({**asdict(report), "seconds": round(seconds, 3), "dry_run": dry_run})
-        return
-    if not quiet:
-        warn(report.warnings)
-        verb = "would write" if dry_run else "wrote"
-        click.echo(
-            f"{verb} {report.target}: {report.tensors} tensors, {report.parameters:,} parameters, "
-            f"{len(report.files)} files, {human(report.nbytes)} in {seconds:.1f} s"
-        )
+    elif not quiet:
+        _show(report, seconds, dry_run)
+
+
+def _show(report: ReshardReport, seconds: float, dry_run: bool) -> None:
+    warn(report.warnings)
+    verb = "would write" if dry_run else "wrote"
+    click.echo(
+        f"{verb} {report.target}: {report.tensors} tensors, {report.parameters:,} parameters, "
+        f"{len(report.files)} files, {human(report.nbytes)} in {seconds:.1f} s"
+    )

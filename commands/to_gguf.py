@@ -28,6 +28,14 @@ if TYPE_CHECKING:
     from ..convert.to_gguf import GgufReport
 
 
+def _refuse_images(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value:
+        raise UnsupportedError(
+            "multimodal projectors (mmproj) are out of scope: mconv converts text models; "
+            "llama.cpp's convert_hf_to_gguf.py --mmproj makes one from the same folder"
+        )
+
+
 @click.command("to-gguf")
 @click.argument("src", type=click.Path())
 @click.argument("out", type=click.Path())
@@ -57,7 +65,7 @@ if TYPE_CHECKING:
     type=click.Path(exists=True),
     help="With --lora: config.json of the adapter's base model, or its folder.",
 )
-@click.option("--mmproj", is_flag=True, hidden=True)
+@click.option("--mmproj", is_flag=True, hidden=True, expose_value=False, callback=_refuse_images)
 @recipe_options
 @model_options
 @source_options
@@ -67,29 +75,18 @@ def command(
     src: str,
     out: str,
     kind: str,
-    name: str | None,
-    metadata: str | None,
-    pre: str | None,
     vocab_only: bool,
-    vocab_fix: str | None,
     lora: bool,
     base: str | None,
-    mmproj: bool,
-    weights: str,
-    vocab_size: int | None,
-    tokenizer: str | None,
-    verify: bool,
     config: str | None,
     source_format: str | None,
     adapter: str | None,
     max_memory: int,
     threads: int | None,
-    force: bool,
-    resume: bool,
     dry_run: bool,
     as_json: bool,
     quiet: bool,
-    **asked: Any,
+    **given: Any,
 ) -> None:
     """Convert the checkpoint SRC of any layout to the GGUF file OUT, in one pass.
 
@@ -106,16 +103,9 @@ def command(
     from ..shardio import open_checkpoint
 
     started = time.monotonic()
-    if mmproj:
-        raise UnsupportedError(
-            "multimodal projectors (mmproj) are out of scope: mconv converts text models; "
-            "llama.cpp's convert_hf_to_gguf.py --mmproj makes one from the same folder"
-        )
-    recipe = Asked(**asked).options()
+    recipe = Asked.taken(given).options()
     if lora:
-        given = click.get_current_context().get_parameter_source("kind")
-        chosen = kind if given == click.core.ParameterSource.COMMANDLINE else "f32"
-        made = _lora(src, out, chosen, base, name, metadata, recipe, force, dry_run)
+        made = _lora(src, out, kind, base, recipe, dry_run, given)
         _show((made,), time.monotonic() - started, dry_run, as_json, quiet)
         return
     if out.endswith("/") and not Path(out).is_dir():
@@ -128,22 +118,13 @@ def command(
             ckpt,
             out,
             kind,
-            name=name,
-            pre=pre,
-            weights=weights,
-            vocab_size=vocab_size,
-            tokenizer=tokenizer,
+            vocab_only=vocab_only,
             config=config if vocab_only else None,
             quantization=recipe,
-            metadata=metadata,
-            vocab_only=vocab_only,
-            vocab_fix=vocab_fix,
-            verify=verify,
-            force=force,
-            resume=resume,
             dry_run=dry_run,
             limits=limits(max_memory, threads),
             progress=progress,
+            **given,
         )
     _show((report, *report.more), time.monotonic() - started, dry_run, as_json, quiet)
 
@@ -153,29 +134,28 @@ def _lora(
     out: str,
     kind: str,
     base: str | None,
-    name: str | None,
-    metadata: str | None,
-    options: QuantizeOptions,
-    force: bool,
+    recipe: QuantizeOptions,
     dry_run: bool,
+    given: dict[str, Any],
 ) -> GgufReport:
-    """Convert an adapter."""
+    """Convert an adapter, to f32 unless a type was asked for."""
     from ..convert.lora_gguf import lora_to_gguf
 
     if base is None:
         raise ConfigError(
             "--lora needs the config.json of the adapter's base model: --base FILE or FOLDER"
         )
+    source = click.get_current_context().get_parameter_source("kind")
     return lora_to_gguf(
         src,
         out,
-        kind,
+        kind if source == click.core.ParameterSource.COMMANDLINE else "f32",
         base=base,
-        name=name,
-        metadata=metadata,
-        settings=options.settings,
-        big_endian=options.big_endian,
-        force=force,
+        name=given["name"],
+        metadata=given["metadata"],
+        settings=recipe.settings,
+        big_endian=recipe.big_endian,
+        force=given["force"],
         dry_run=dry_run,
     )
 
