@@ -15,7 +15,7 @@ from functools import lru_cache
 
 from ...errors import ConfigError, LayoutError, did_you_mean
 from ...shardio.tensor import LazyTensor
-from .transforms import TRANSFORMS, Sizes
+from .transforms import TRANSFORMS, Sizes, Transform
 
 _PLACE = re.compile(r"\{(\w+)\}")
 _SHOWN = 8
@@ -31,7 +31,7 @@ class Rule:
     Attributes:
         left: name patterns of the foreign world.
         right: name patterns of Hugging Face.
-        how: name of the transform from left to right.
+        how: the transform from left to right, or its name.
         need: what the rule provides to every model (or layer), such as ``attention norm``; empty
             for what only some models have. Rules with the same need are alternatives; ``a|b``
             provides both.
@@ -39,7 +39,7 @@ class Rule:
 
     left: tuple[str, ...]
     right: tuple[str, ...]
-    how: str = "same"
+    how: str | Transform = "same"
     need: str = ""
 
     @property
@@ -48,7 +48,9 @@ class Rule:
         return self.need.split("|") if self.need else []
 
 
-def rule(left: str, right: str | tuple[str, ...], how: str = "same", need: str = "") -> Rule:
+def rule(
+    left: str, right: str | tuple[str, ...], how: str | Transform = "same", need: str = ""
+) -> Rule:
     """Short form of ``Rule`` for tables."""
     return Rule((left,), (right,) if isinstance(right, str) else right, how, need)
 
@@ -194,15 +196,14 @@ class Table:
             raise _ProblemError(f"missing: {', '.join(names[:4])} (parts of it are there)")
         if len(group.members) > len(wanted):
             raise _ProblemError(f"{sources[0]}: more than {len(wanted)} of them")
-        transform = TRANSFORMS[line.how]
-        if transform.changes_values and state not in _VALUES:
-            outputs = inputs
-        else:
-            try:
-                step = transform.forward if forward else transform.inverse
-                outputs = step(inputs, sizes)
-            except (ValueError, LayoutError) as e:
-                raise _ProblemError(f"{wanted[0][1]} {list(inputs[0].shape)}: {e}") from e
+        transform = TRANSFORMS[line.how] if isinstance(line.how, str) else line.how
+        if state not in _VALUES:
+            transform = transform.for_moments(state)
+        try:
+            step = transform.forward if forward else transform.inverse
+            outputs = step(inputs, sizes)
+        except (ValueError, LayoutError) as e:
+            raise _ProblemError(f"{wanted[0][1]} {list(inputs[0].shape)}: {e}") from e
         names = [name for _, name in _expand(targets, group.values, sizes)]
         return zip(names, outputs, strict=True)
 

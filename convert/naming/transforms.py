@@ -68,11 +68,19 @@ class Transform:
         inverse: the other way.
         changes_values: does more than move elements, so it holds for weights but not for optimizer
             moments.
+        moments: what to do with an optimizer state (``exp_avg``...) instead; None: nothing.
     """
 
     forward: Step
     inverse: Step
     changes_values: bool = False
+    moments: Callable[[str], Transform] | None = None
+
+    def for_moments(self, state: str) -> Transform:
+        """The transform of an optimizer state that does not hold the weights' own values."""
+        if not self.changes_values:
+            return self
+        return self.moments(state) if self.moments is not None else TRANSFORMS["same"]
 
 
 def _shift(delta: float, dtype: np.dtype) -> Callable[[np.ndarray], np.ndarray]:

@@ -2,7 +2,8 @@
 
 ``_METADATA`` lists the tree. Plain zarr is read natively (zstd with the package ``zstandard``);
 OCDBT and zarr3 through the optional package ``tensorstore``. Kernels stay [in, out] as JAX has
-them. Source: orbax ``checkpoint/_src/{handlers,serialization,metadata}``.
+them (see ``convert/naming``: MaxText, Gemma...). Keys may hold slashes (flat Gemma checkpoints).
+Source: orbax ``checkpoint/_src/{handlers,serialization,metadata}``.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from ...errors import FormatError
 from ..assets import load_json
 from ..checkpoint import Checkpoint
 from ..coverage import prove
+from ..jax_worlds import jax_world_of
 from ..layout import Layout
 from ..megatron.zarr import ARRAY, open_array
 from ..packed_file import unpack_chunk
@@ -59,10 +61,11 @@ def open_orbax(root: Path, options: OpenOptions) -> Checkpoint:
     ocdbt, zarr3 = bool(tree.get("use_ocdbt")), bool(tree.get("use_zarr3"))
     arrays: dict[str, LazyTensor] = {}
     for name in names:
+        shown = name.replace("/", ".")
         if ocdbt or zarr3:
-            arrays[name] = open_store(root, name, ocdbt=ocdbt, zarr3=zarr3)
+            arrays[shown] = open_store(root, name, ocdbt=ocdbt, zarr3=zarr3)
         elif (root / name / ARRAY).is_file():
-            arrays[name] = open_array(root / name, unpack_chunk)
+            arrays[shown] = open_array(root / name, unpack_chunk)
         else:
             raise FormatError(f"{root}: the array {name!r} of {_TREE} is missing")
     weights, optimizer, rest = _sorted(arrays)
@@ -78,7 +81,7 @@ def open_orbax(root: Path, options: OpenOptions) -> Checkpoint:
     return Checkpoint(
         path=root,
         format="orbax",
-        naming="jax",
+        naming=jax_world_of(weights),
         weights=weights,
         optimizer=optimizer,
         step=_step(arrays),
@@ -104,7 +107,7 @@ def _names(root: Path, tree: Any) -> list[str]:
         except (KeyError, TypeError, AttributeError) as e:
             raise FormatError(f"{root / _TREE}: {label[:80]} is malformed ({e})") from e
         name = ".".join(keys)
-        if "/" in name or name.startswith("."):
+        if any(part.startswith(".") or not part for part in name.split("/")):
             raise FormatError(f"{root / _TREE}: {name[:80]!r} is no name of an array")
         names.append(name)
     return names
@@ -123,7 +126,8 @@ def _sorted(
         words = name.split(".")
         moment = next((w for w in words if w in _MOMENTS), None)
         tail = ".".join(words[words.index(moment) + 1 :]) if moment else ""
-        owner = next((n for n in (tail, f"params.{tail}") if n in weights), None)
+        places = (tail, f"params.{tail}", tail.removeprefix("params."))
+        owner = next((n for n in places if n in weights), None)
         if owner is None or moment is None:
             rest.append(name)
             continue
