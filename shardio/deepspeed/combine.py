@@ -73,7 +73,7 @@ def combine(grid: Grid, config: Mapping[str, Any] | None) -> Whole:
 def _rank(grid: Grid, mp: int) -> Part:
     models, optims = grid.models[mp], grid.optims[mp]
     if grid.folder.shards:
-        return stage3(models, optims)
+        return stage3(models, optims, len(grid.models))
     return low_stage(models[0], optims, read_experts(grid.folder, mp, models[0]))
 
 

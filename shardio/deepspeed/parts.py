@@ -16,6 +16,7 @@ from ..tensor import LazyTensor
 from . import zero0, zero3, zero12
 from .experts import owners
 from .fields import Shape
+from .nvme import find_swapped
 from .states import ModelState, OptimState
 from .zero12 import States
 
@@ -171,8 +172,8 @@ def _note_excluded(part: Part, model: ModelState) -> None:
         )
 
 
-def stage3(models: Sequence[ModelState], optims: Sequence[OptimState]) -> Part:
-    """Return the part of a stage 3 rank."""
+def stage3(models: Sequence[ModelState], optims: Sequence[OptimState], mp_world: int = 1) -> Part:
+    """Return the part of a stage 3 rank, one of ``mp_world`` model-parallel ones."""
     first, part = models[0], Part()
     zero3.check_ranks(optims)
     for m in models[1:]:
@@ -181,8 +182,12 @@ def stage3(models: Sequence[ModelState], optims: Sequence[OptimState]) -> Part:
                 f"{m.path}: its parameters differ from those of {first.path.name}: files of "
                 "different models or saves are mixed"
             )
-    for k, table in enumerate(group_shapes(first, optims, {})):
-        for state, tensors in zero3.read_subgroup(k, table, optims).items() if table else ():
+    groups = group_shapes(first, optims, {})
+    lengths = [zero3.rank_length(table, len(optims)) for table in groups]
+    swapped = find_swapped(first, groups, lengths, optims, mp_world)
+    for k, table in enumerate(groups):
+        states = zero3.read_subgroup(k, table, optims, swapped) if table else {}
+        for state, tensors in states.items():
             part.optimizer.setdefault(state, {}).update(tensors)
     masters = part.optimizer.get("master", {})
     frozen = zero3.read_frozen(models)

@@ -23,6 +23,7 @@ from ..records import StoredTensor
 from ..stored import plain
 from ..tensor import LazyTensor
 from .fields import Shape
+from .nvme import Swapped
 from .states import ModelState, OptimState
 from .zero12 import States
 
@@ -32,21 +33,39 @@ def per_rank(count: int, ranks: int) -> int:
     return -(-count // ranks)
 
 
-def read_subgroup(index: int, shapes: Mapping[str, Shape], ranks: Sequence[OptimState]) -> States:
+def rank_length(shapes: Mapping[str, Shape], world: int) -> int:
+    """Elements of a sub-group that each rank holds."""
+    return sum(per_rank(prod(s), world) for s in shapes.values())
+
+
+def read_subgroup(
+    index: int,
+    shapes: Mapping[str, Shape],
+    ranks: Sequence[OptimState],
+    swapped: Swapped | None = None,
+) -> States:
     """Return the masters and all other states of sub-group ``index``, by parameter.
 
+    Args:
+        index: of the sub-group.
+        shapes: its parameters in flat order.
+        ranks: optimizer files in dp order.
+        swapped: the files of sub-groups that were kept on NVMe.
+
     Raises:
-        FormatError: flat vectors that contradict the shapes.
-        UnsupportedError: masters that were offloaded to NVMe.
+        FormatError: flat vectors that contradict the shapes, or missing swap files.
     """
     world = len(ranks)
-    length = sum(per_rank(prod(s), world) for s in shapes.values())
+    length = rank_length(shapes, world)
     names: dict[str, None] = {"master": None}
     for r in ranks:
         names |= dict.fromkeys(r.states[index])
     found: States = {}
     for name in names:
-        parts = [_vector(index, name, r, length, len(shapes), world) for r in ranks]
+        if swapped is not None and index in swapped.ids and length:
+            parts = [_swapped(swapped, index, name, r, length) for r in ranks]
+        else:
+            parts = [_vector(index, name, r, length, len(shapes), world) for r in ranks]
         if len({(p.dtype, p.swap) for p in parts}) > 1:
             raise FormatError(
                 f"{ranks[0].path.parent}: {name} of sub-group {index} has different types on "
@@ -63,11 +82,6 @@ def _vector(index: int, name: str, rank: OptimState, length: int, count: int, wo
             f"{rank.path}: sub-group {index} has no optimizer state {name!r}, other ranks have "
             "it: files of different saves are mixed"
         )
-    if stored.numel == 0 and length:
-        raise UnsupportedError(
-            f"{rank.path}: sub-group {index} has no {name} data: it was offloaded to NVMe "
-            "(offloaded_tensors/*.swp); save once without NVMe offload, or save a 16-bit model"
-        )
     if stored.numel != length:
         raise FormatError(
             f"{rank.path}: {name} of sub-group {index} has {stored.numel} elements, expected "
@@ -75,6 +89,14 @@ def _vector(index: int, name: str, rank: OptimState, length: int, count: int, wo
             "model or world size"
         )
     return Part.of(stored, rank.source)
+
+
+def _swapped(swapped: Swapped, index: int, name: str, rank: OptimState, length: int) -> Part:
+    """A vector of a swapped sub-group: its own file, unless this state stayed in memory."""
+    stored = None if name == "master" else rank.states[index].get(name)
+    if stored is not None and stored.numel == length:
+        return Part.of(stored, rank.source)
+    return swapped.part(index, name, rank.dp, length)
 
 
 def _cut(shapes: Mapping[str, Shape], parts: Sequence[Part]) -> dict[str, LazyTensor]:
