@@ -10,8 +10,8 @@ The bare loop has no accumulation, no metrics, no schedule, no layouts: FSDP2 (t
 ``LlamaForCausalLM``, as a check of the model itself.
 
 On a GPU a 1.1B Llama is trained in bfloat16 with compiled layers; MFU counts 6 operations per
-weight and token and the attention (``trainer/flops.py``) against the maker's dense bfloat16 rate.
-Without a GPU that mode says so and ends well.
+weight and token and the attention (``trainer/planning/flops.py``) against the maker's dense
+bfloat16 rate. Without a GPU that mode says so and ends well.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ import torch
 from mconv.trainer.config import RunConfig
 from mconv.trainer.data import open_data
 from mconv.trainer.degrees import resolve
-from mconv.trainer.flops import flops_per_token, peak_flops
 from mconv.trainer.loop import new_run, one_step
 from mconv.trainer.mesh import build_meshes, process_group
 from mconv.trainer.model import Decoder
 from mconv.trainer.model_config import ModelConfig
+from mconv.trainer.planning.flops import flops_per_token, peak_flops
 from mconv.trainer.sections import (
     DataConfig,
     OptimConfig,
@@ -45,7 +45,7 @@ from mconv.trainer.sections import (
     ScheduleConfig,
     TrainConfig,
 )
-from mconv.trainer.token_file import write_tokens
+from mconv.trainer.text.token_file import write_tokens
 
 SMALL = ModelConfig(
     vocab_size=4096,

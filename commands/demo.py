@@ -14,7 +14,7 @@ from .options import human, render_options, show_json
 from .stages import Screen, fail_unless_proven, say
 
 if TYPE_CHECKING:
-    from ..trainer.demo import DemoReport
+    from ..trainer.delivery.demo import DemoReport
 
 
 @click.command("demo")
@@ -45,7 +45,7 @@ def command(
 
     Needs no network and no GPU. Exits with 1 when a proof fails.
     """
-    from ..trainer.demo import demo
+    from ..trainer.delivery.demo import demo
 
     started = time.monotonic()
     screen = nullcontext(None) if quiet or as_json else Screen(steps)

@@ -16,7 +16,7 @@ from .options import human, render_options, show_json
 from .stages import Screen, fail_unless_proven, say
 
 if TYPE_CHECKING:
-    from ..trainer.export import ExportReport
+    from ..trainer.delivery.export import ExportReport
 
 
 @click.command("pipeline")
@@ -51,7 +51,7 @@ def command(
     if find_spec("torch") is None:
         raise ConfigError("training needs torch: pip install 'mconv[train]'")
     from ..trainer.config import load_config
-    from ..trainer.pipeline_run import run_pipeline
+    from ..trainer.delivery.pipeline_run import run_pipeline
 
     config = load_config(Path(run), settings)
     wanted = tuple(t.strip() for t in types.split(",")) if types else config.export.types

@@ -11,8 +11,8 @@ from .options import Size, human, render_options, show_json, warn
 
 if TYPE_CHECKING:
     from ..convert.model_sizes import ModelSizes
-    from ..trainer.plan import Machines, TrainPlan
-    from ..trainer.plan_serving import ServeRow
+    from ..trainer.planning.plan import Machines, TrainPlan
+    from ..trainer.planning.plan_serving import ServeRow
 
 
 _POOR = ("Q3_K_M", "IQ3_XXS", "Q2_K", "IQ2_XS")  # not recommended where another fits
@@ -62,8 +62,8 @@ def command(
     mconv plan model/ --memory 24GB --serve --context 32768
     """
     from ..convert.model_sizes import model_sizes
-    from ..trainer.plan import Machines, plan_training
-    from ..trainer.plan_serving import plan_serving
+    from ..trainer.planning.plan import Machines, plan_training
+    from ..trainer.planning.plan_serving import plan_serving
 
     sizes = model_sizes(model, config)
     machines = Machines(gpus=gpus, memory=memory, nodes=nodes, fast=interconnect == "fast")

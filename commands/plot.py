@@ -25,8 +25,8 @@ def command(runs: tuple[str, ...], out: str | None, as_json: bool, quiet: bool) 
     mconv plot runs/a
     mconv plot runs/a runs/b -o compared.png
     """
+    from ..trainer.measure.plot import plot
     from ..trainer.metrics import FILE, read_metrics
-    from ..trainer.plot import plot
 
     folders = [Path(run) for run in runs]
     first = folders[0].parent if folders[0].name == FILE else folders[0]

@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from ..shardio.report import Inspection
-    from ..trainer.export import Stage
+    from ..trainer.delivery.export import Stage
+    from ..trainer.delivery.proof import Proof
     from ..trainer.metrics import StepMetrics
-    from ..trainer.proof import Proof
 
 
 class Screen(AbstractContextManager["Screen"]):
@@ -39,8 +39,8 @@ class Screen(AbstractContextManager["Screen"]):
 
     def __call__(self, event: Stage | StepMetrics | Inspection | Proof) -> None:
         from ..shardio.report import Inspection
+        from ..trainer.delivery.proof import Proof
         from ..trainer.metrics import StepMetrics
-        from ..trainer.proof import Proof
 
         if isinstance(event, StepMetrics):
             text = f"train  loss {event.loss:.3f}  {event.tokens_per_s:,.0f} tokens/s"

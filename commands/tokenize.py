@@ -46,7 +46,7 @@ def command(
     mconv tokenize chats.jsonl -o sft --tokenizer base-model/
     mconv tokenize book.txt -o tokens --train-vocab 4096 --separator '\\n\\n'
     """
-    from ..trainer.tokenize import tokenize
+    from ..trainer.text.tokenize import tokenize
 
     started = time.monotonic()
     with progress_bar("tokenize", shown=not (quiet or as_json)) as progress:

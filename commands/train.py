@@ -16,7 +16,7 @@ from .stages import Screen, fail_unless_proven
 
 if TYPE_CHECKING:
     from ..trainer.config import RunConfig
-    from ..trainer.dryrun import RunPlan
+    from ..trainer.planning.dryrun import RunPlan
 
 
 @click.command("train")
@@ -65,8 +65,8 @@ def command(
     from ..shardio.team import leave
     from ..trainer.config import load_config
     from ..trainer.degrees import resolve
+    from ..trainer.delivery.pipeline_run import check_types
     from ..trainer.launch import launch, run_rank, torchrun_rank
-    from ..trainer.pipeline_run import check_types
 
     paths = {"save.resume": resume, "model.init_from": init_from}
     said = [*settings, *(f"{k}={_absolute(v)}" for k, v in paths.items() if v is not None)]
@@ -157,7 +157,7 @@ def _show_end(config: RunConfig, seconds: float, as_json: bool, quiet: bool) -> 
 def _export(config: RunConfig, silent: bool) -> None:
     """Make what ``[export]`` asks for, unless the run was ended before its last step."""
     from ..trainer.checkpoint import step_folder
-    from ..trainer.pipeline_run import export_run
+    from ..trainer.delivery.pipeline_run import export_run
 
     if not step_folder(config.save.folder, config.train.steps).is_dir():
         return
@@ -167,7 +167,7 @@ def _export(config: RunConfig, silent: bool) -> None:
 
 
 def _show_plan(config: RunConfig, world_size: int, as_json: bool) -> None:
-    from ..trainer.dryrun import plan_run
+    from ..trainer.planning.dryrun import plan_run
 
     plan = plan_run(config, world_size)
     if as_json:

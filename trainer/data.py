@@ -1,8 +1,8 @@
 """Training data: token files cut or packed into samples, in an order that nobody has to remember.
 
 ``concat``: sample i has the tokens [i * seq_len, (i + 1) * seq_len] of the file; the last one is
-padded. ``first_fit``: whole documents share a sample (``pack.py``). Which sample comes when is a
-pure function of (seed, epoch, index), a Feistel permutation in O(1) memory: there is no loader
+padded. ``first_fit``: whole documents share a sample (``text/pack.py``). Which sample comes when is
+a pure function of (seed, epoch, index), a Feistel permutation in O(1) memory: there is no loader
 state, and a rank's part follows from its number alone, for every number of ranks.
 """
 
@@ -19,11 +19,11 @@ import torch
 
 from ..errors import ConfigError
 from .batch import IGNORE, Batch
-from .pack import pack
 from .sections import DataConfig
-from .token_file import TokenFile, open_token_file
-from .tokenize import tokenize
-from .tokenizer import digest
+from .text.pack import pack
+from .text.token_file import TokenFile, open_token_file
+from .text.tokenize import tokenize
+from .text.tokenizer import digest
 
 _ROUNDS = 6
 _TOKEN_FILES = (".npy", ".bin")
@@ -198,7 +198,7 @@ def prepare(data: DataConfig, seq_len: int, folder: Path) -> None:
     """Do once, on one rank, what all need: encode text, pack documents. Others wait meanwhile.
 
     Args:
-        data: ``tokens`` may be text (see ``documents.py``), which is encoded into ``folder``.
+        data: ``tokens`` may be text (see ``text/documents.py``), which is encoded into ``folder``.
         seq_len: tokens per sample.
         folder: for what is made.
     """

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from .adapter import Factor
+from .lora.linear import Factor
 from .model import Decoder
 from .norm import RMSNorm
 

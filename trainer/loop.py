@@ -15,10 +15,10 @@ from .build import build_engine, build_state
 from .clip import scale, settle, total_norm
 from .config import RunConfig
 from .data import open_data, prepare
-from .eval import EvalHook
 from .hooks import Hook, Run
-from .imatrix import ImatrixHook
-from .lora import LoraHook
+from .lora.adapters import LoraHook
+from .measure.eval import EvalHook
+from .measure.imatrix import ImatrixHook
 from .mesh import DP, Meshes
 from .metrics import LogHook, StepMetrics
 from .optim import set_rate

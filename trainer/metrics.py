@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import ConfigError, TrainError
-from .flops import flops_per_token, peak_flops
 from .hooks import Hook, Run
+from .planning.flops import flops_per_token, peak_flops
 
 if TYPE_CHECKING:
     from .config import RunConfig

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from .attention import Attention, attention_mask, rotary
 from .context import Context
-from .dropout import Rows
+from .lora.dropout import Rows
 from .model_config import ModelConfig
 from .moe import MoE
 from .norm import RMSNorm

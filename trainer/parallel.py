@@ -30,7 +30,7 @@ from torch.utils.checkpoint import (
 
 from .config import RunConfig
 from .context import Context
-from .lora import add_adapters
+from .lora.adapters import add_adapters
 from .mesh import EXPERT_FSDP, FSDP, TOKENS, Meshes
 from .model import Decoder, Layer
 from .moe import MoE

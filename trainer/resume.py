@@ -27,7 +27,7 @@ from ..shardio.training_state import optimizer_step
 from .checkpoint import MANIFEST, Also, Saver, check_files, steps_of
 from .hooks import Hook, Run
 from .metrics import StepMetrics
-from .tokenizer import load_tokenizer
+from .text.tokenizer import load_tokenizer
 from .training_state import content_of, load_optimizer, load_parameters, read_own
 
 FORMATS = ("shards", "dcp", "hf")

@@ -62,7 +62,8 @@ class Ranks:
 def _serve() -> None:
     import torch
     import torch.distributed.pipelining
-    from mconv.trainer import build, demo, loop  # noqa: F401  # ready for the ranks
+    from mconv.trainer import build, loop  # noqa: F401  # ready for the ranks
+    from mconv.trainer.delivery import demo  # noqa: F401
 
     torch.set_num_threads(1)
     out = os.fdopen(os.dup(1), "wb")

@@ -22,9 +22,9 @@ from mconv.trainer.data import (  # noqa: E402
     prepare,
     token_path,
 )
-from mconv.trainer.pack import pack  # noqa: E402
 from mconv.trainer.sections import DataConfig  # noqa: E402
-from mconv.trainer.token_file import (  # noqa: E402
+from mconv.trainer.text.pack import pack  # noqa: E402
+from mconv.trainer.text.token_file import (  # noqa: E402
     TokenFile,
     open_token_file,
     write_token_folder,
@@ -215,7 +215,7 @@ def test_a_changed_dataset_has_another_fingerprint() -> None:
 
 
 def test_text_is_encoded_once(tmp_path: Path) -> None:
-    from mconv.trainer.train_tokenizer import train_tokenizer
+    from mconv.trainer.text.train_tokenizer import train_tokenizer
 
     text = tmp_path / "text.jsonl"
     text.write_text('{"text": "a lamp"}\n{"text": "the sea and a lamp"}\n')

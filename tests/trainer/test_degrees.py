@@ -13,9 +13,9 @@ from hypothesis import strategies as st  # noqa: E402
 from mconv.errors import ConfigError  # noqa: E402
 from mconv.trainer.config import RunConfig  # noqa: E402
 from mconv.trainer.degrees import resolve  # noqa: E402
-from mconv.trainer.dryrun import plan_run  # noqa: E402
 from mconv.trainer.model_config import ModelConfig  # noqa: E402
 from mconv.trainer.pipeline import split_layers, stage_indices  # noqa: E402
+from mconv.trainer.planning.dryrun import plan_run  # noqa: E402
 from mconv.trainer.sections import SCHEDULES  # noqa: E402
 
 from .toys import run_config  # noqa: E402

@@ -22,9 +22,9 @@ from mconv.cli import cli  # noqa: E402
 from mconv.errors import ConfigError, TrainError  # noqa: E402
 from mconv.trainer.data import TokenData  # noqa: E402
 from mconv.trainer.degrees import resolve  # noqa: E402
-from mconv.trainer.eval import validation_loss  # noqa: E402
-from mconv.trainer.flops import flops_per_token, peak_flops  # noqa: E402
 from mconv.trainer.loop import new_run, run_steps  # noqa: E402
+from mconv.trainer.measure.eval import validation_loss  # noqa: E402
+from mconv.trainer.measure.plot import panels, plot, svg, ticks  # noqa: E402
 from mconv.trainer.mesh import build_meshes, process_group  # noqa: E402
 from mconv.trainer.metrics import (  # noqa: E402
     Evaluation,
@@ -34,9 +34,9 @@ from mconv.trainer.metrics import (  # noqa: E402
     read_evaluations,
     read_metrics,
 )
-from mconv.trainer.plot import panels, plot, svg, ticks  # noqa: E402
+from mconv.trainer.planning.flops import flops_per_token, peak_flops  # noqa: E402
 from mconv.trainer.sections import EvalConfig, LogConfig, SaveConfig  # noqa: E402
-from mconv.trainer.token_file import TokenFile  # noqa: E402
+from mconv.trainer.text.token_file import TokenFile  # noqa: E402
 
 from .ranks import Ranks  # noqa: E402
 from .toys import ToyData, plain_model, run_config  # noqa: E402
@@ -83,7 +83,7 @@ def test_work_per_token_is_what_torch_counts(model: str) -> None:
 
 
 def test_frozen_weights_are_less_work() -> None:
-    from mconv.trainer.lora import add_adapters
+    from mconv.trainer.lora.adapters import add_adapters
     from mconv.trainer.sections import LoraConfig
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode

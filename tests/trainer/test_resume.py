@@ -133,7 +133,7 @@ def test_the_folder_says_what_it_is(ranks: Ranks, tmp_path: Path) -> None:
 
 
 def test_torch_reads_the_shards(ranks: Ranks, tmp_path: Path) -> None:
-    from mconv.trainer.proof import load_model
+    from mconv.trainer.delivery.proof import load_model
 
     config = settings(tmp_path / "run", "tied", {"tp": 2, "dp_shard": 2})
     config = replace(config, train=replace(config.train, dtype="float32"))

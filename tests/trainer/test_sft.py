@@ -19,7 +19,7 @@ from mconv.trainer.batch import IGNORE  # noqa: E402
 from mconv.trainer.config import RunConfig, dump_config, load_config  # noqa: E402
 from mconv.trainer.data import open_data, prepare  # noqa: E402
 from mconv.trainer.degrees import resolve  # noqa: E402
-from mconv.trainer.demo import documents  # noqa: E402
+from mconv.trainer.delivery.demo import documents  # noqa: E402
 from mconv.trainer.loop import train  # noqa: E402
 from mconv.trainer.mesh import build_meshes, process_group  # noqa: E402
 from mconv.trainer.metrics import read_evaluations, read_metrics  # noqa: E402
@@ -33,8 +33,8 @@ from mconv.trainer.sections import (  # noqa: E402
     SaveConfig,
     TrainConfig,
 )
-from mconv.trainer.tokenizer import load_tokenizer  # noqa: E402
-from mconv.trainer.train_tokenizer import train_tokenizer  # noqa: E402
+from mconv.trainer.text.tokenizer import load_tokenizer  # noqa: E402
+from mconv.trainer.text.train_tokenizer import train_tokenizer  # noqa: E402
 
 from .ranks import Ranks  # noqa: E402
 from .toys import plain_model, run_config  # noqa: E402

@@ -18,11 +18,11 @@ torch = pytest.importorskip("torch")
 
 from mconv.cli import cli  # noqa: E402
 from mconv.errors import ConfigError  # noqa: E402
-from mconv.trainer.demo import documents  # noqa: E402
+from mconv.trainer.delivery.demo import documents  # noqa: E402
 from mconv.trainer.metrics import read_metrics  # noqa: E402
-from mconv.trainer.token_file import write_tokens  # noqa: E402
-from mconv.trainer.tokenizer import encode_documents  # noqa: E402
-from mconv.trainer.train_tokenizer import train_tokenizer  # noqa: E402
+from mconv.trainer.text.token_file import write_tokens  # noqa: E402
+from mconv.trainer.text.tokenizer import encode_documents  # noqa: E402
+from mconv.trainer.text.train_tokenizer import train_tokenizer  # noqa: E402
 
 RUN = """
 [model]

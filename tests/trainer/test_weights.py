@@ -18,11 +18,11 @@ from mconv.errors import ConfigError  # noqa: E402
 from mconv.trainer.build import build_state  # noqa: E402
 from mconv.trainer.config import RunConfig, load_config  # noqa: E402
 from mconv.trainer.degrees import resolve  # noqa: E402
-from mconv.trainer.demo import documents  # noqa: E402
+from mconv.trainer.delivery.demo import documents  # noqa: E402
 from mconv.trainer.mesh import build_meshes, process_group  # noqa: E402
 from mconv.trainer.model_config import ModelConfig  # noqa: E402
 from mconv.trainer.moe import expert_names  # noqa: E402
-from mconv.trainer.train_tokenizer import train_tokenizer  # noqa: E402
+from mconv.trainer.text.train_tokenizer import train_tokenizer  # noqa: E402
 from safetensors.numpy import save_file  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
 

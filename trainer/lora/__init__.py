@@ -1,0 +1,1 @@
+"""Low-rank adapters: the update of a layer, its dropout, PEFT's files."""

@@ -1,0 +1,1 @@
+"""Beside a run: validation, samples, importance matrices, perplexity, curves."""

@@ -1,0 +1,1 @@
+"""Text to tokens: reading, chat templates, tokenizers, token files, packing."""
