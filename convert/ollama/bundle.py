@@ -1,7 +1,8 @@
 """Move a model between stores without a network: one tar file, checked on both ends.
 
 The tar holds the blobs and then the manifest under their paths in the store. Unpacking takes
-nothing but such paths, hashes every blob while writing it, and writes the manifest last.
+nothing but such paths, hashes every blob while writing it, and lets the store have them, manifest
+last, when all are whole.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from ...errors import FormatError, OutputError
+from .layers import Layer
 from .names import ModelName, parse_name
 from .store import Manifest, Progress, Store, parse_manifest
 
@@ -70,6 +72,7 @@ def unbundle(
     try:
         with tarfile.open(source, "r:") as tar, store.work_folder() as work:
             manifest = None
+            blobs: dict[str, tuple[Path, Layer]] = {}
             for member in tar:
                 file = tar.extractfile(member) if member.isreg() else None
                 if file is None or manifest is not None:
@@ -80,12 +83,15 @@ def unbundle(
                 if not _BLOB.fullmatch(member.name):
                     raise FormatError(f"{source}: {member.name!r} is not part of a bundle")
                 digest = member.name[len("blobs/") :].replace("-", ":")
-                store.add_stream(work, file, member.size, "", progress, expect=digest)
+                blobs[digest] = store.received(work, file, member.size, "", progress, digest)
             if manifest is None:
                 raise FormatError(f"{source}: holds no manifest; it was cut off")
             for layer in manifest.blobs():
-                if not store.has(layer.digest, layer.size):
+                here = layer.digest in blobs and blobs[layer.digest][1].size == layer.size
+                if not here and not store.has(layer.digest, layer.size):
                     raise FormatError(f"{source}: lacks blob {layer.digest}")
+            for path, blob in blobs.values():  # only now: a broken bundle leaves nothing
+                store.adopt(path, blob)
             store.write_manifest(work, rename or manifest.name, manifest.raw)
             return manifest
     except tarfile.TarError as error:

@@ -14,7 +14,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -72,27 +72,31 @@ class Store:
     def work_folder(self) -> Iterator[Path]:
         """A hidden folder of this store for unfinished files; gone afterwards.
 
+        After an error the folders of the store go too, where they are new and empty.
+
         Raises:
             OutputError: the store cannot be written.
         """
         folder = self.root / f".mconv-{secrets.token_hex(4)}"
+        new = [p for p in (self.blobs, self.manifests, *self.blobs.parents) if not p.exists()]
         try:
             for place in (self.blobs, self.manifests, folder):
                 place.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise self._unwritable(error) from None
-        try:
             yield folder
+            new.clear()
         except OSError as error:
             raise self._unwritable(error) from None
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+            for place in new:  # after a failure: a store that was made for nothing
+                with suppress(OSError):
+                    place.rmdir()
 
     def add_bytes(self, work: Path, data: bytes, kind: str) -> Layer:
         """Store a small blob."""
         path = work / secrets.token_hex(8)
         path.write_bytes(data)
-        return self._adopt(
+        return self.adopt(
             path, Layer(kind, f"sha256:{hashlib.sha256(data).hexdigest()}", len(data))
         )
 
@@ -110,9 +114,24 @@ class Store:
         size: int,
         kind: str,
         progress: Progress | None = None,
-        expect: str | None = None,
     ) -> Layer:
         """Store ``size`` bytes of a stream, hashing while writing.
+
+        Raises:
+            FormatError: the stream ends early.
+        """
+        return self.adopt(*self.received(work, file, size, kind, progress))
+
+    def received(
+        self,
+        work: Path,
+        file: IO[bytes],
+        size: int,
+        kind: str,
+        progress: Progress | None = None,
+        expect: str | None = None,
+    ) -> tuple[Path, Layer]:
+        """Write ``size`` bytes of a stream into the work folder, for ``adopt``.
 
         Raises:
             FormatError: the stream ends early, or has not the digest ``expect``.
@@ -131,11 +150,11 @@ class Store:
         found = f"sha256:{digest.hexdigest()}"
         if expect is not None and found != expect:
             raise FormatError(f"{self.root}: a blob is damaged: it is {found}, not {expect}")
-        return self._adopt(path, Layer(kind, found, size))
+        return path, Layer(kind, found, size)
 
     def add_made(self, path: Path, kind: str, progress: Progress | None = None) -> Layer:
         """Take a finished file of the work folder as a blob; it is read once to be hashed."""
-        return self._adopt(path, Layer(kind, hash_file(path, progress), path.stat().st_size))
+        return self.adopt(path, Layer(kind, hash_file(path, progress), path.stat().st_size))
 
     def write_manifest(self, work: Path, name: ModelName, data: bytes) -> None:
         """Make a model visible; its blobs are there already."""
@@ -175,7 +194,8 @@ class Store:
                 return known.path
         return name.path
 
-    def _adopt(self, path: Path, layer: Layer) -> Layer:
+    def adopt(self, path: Path, layer: Layer) -> Layer:
+        """Make a blob of a finished file in the work folder."""
         if self.has(layer.digest, layer.size):
             path.unlink()
             os.utime(self.blob_path(layer.digest))  # old blobs without a manifest are pruned
