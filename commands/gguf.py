@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import Size, human, limits, output_options, progress_bar, render_options, show_json
+from .options import (
+    Size,
+    human,
+    limits,
+    output_options,
+    progress_bar,
+    render_options,
+    show_json,
+    warn,
+)
 
 if TYPE_CHECKING:
     from ..convert.gguf_tools import ToolReport
@@ -113,6 +122,7 @@ def set_(
     if as_json or quiet:
         _finish(report, dry_run, as_json, quiet)
         return
+    warn(report.warnings)
     for key, old, new in report.changes:
         click.echo(f"  {key}: {_value(old)} -> {_value(new)}")
     if not report.changes:
@@ -248,9 +258,8 @@ def _finish(report: ToolReport, dry_run: bool, as_json: bool, quiet: bool) -> No
     if as_json:
         files = {str(path): size for path, size in report.files.items()}
         changed = [key for key, _, _ in report.changes]
-        show_json(
-            {"files": files, "changed": changed, "in_place": report.in_place, "dry_run": dry_run}
-        )
+        about = {"in_place": report.in_place, "warnings": report.warnings, "dry_run": dry_run}
+        show_json({"files": files, "changed": changed, **about})
     elif not quiet:
         names = list(report.files)
         rest = f" and {len(names) - 1} more" if len(names) > 1 else ""

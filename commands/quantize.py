@@ -79,14 +79,9 @@ def command(
     """
     from ..convert.quantize import quantize_gguf
 
-    if dry_run and asked["measure"]:
-        raise click.UsageError(
-            "--report measures errors while encoding, and --dry-run encodes nothing: "
-            "leave one of them out"
-        )
     started = time.monotonic()
     options = replace(
-        Asked(**asked).options(),
+        Asked.taken(asked, dry_run=dry_run).options(),
         allow_requantize=allow_requantize,
         prune_layers=prune_layers,
         keep_split=keep_split,

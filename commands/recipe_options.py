@@ -110,9 +110,18 @@ class Asked:
     big_endian: bool
 
     @classmethod
-    def taken(cls, given: dict[str, Any]) -> Asked:
-        """Take them out of all options that a command was given."""
-        return cls(**{one.name: given.pop(one.name) for one in fields(cls)})
+    def taken(cls, given: dict[str, Any], *, dry_run: bool) -> Asked:
+        """Take them out of all options that a command was given.
+
+        Raises UsageError where they contradict a dry run.
+        """
+        asked = cls(**{one.name: given.pop(one.name) for one in fields(cls)})
+        if dry_run and asked.measure:
+            raise click.UsageError(
+                "--report measures errors while encoding, and --dry-run encodes nothing: "
+                "leave one of them out"
+            )
+        return asked
 
     def options(self) -> QuantizeOptions:
         """Parse them. Raises QuantError for a bad pattern or type."""

@@ -103,7 +103,7 @@ def command(
     from ..shardio import open_checkpoint
 
     started = time.monotonic()
-    recipe = Asked.taken(given).options()
+    recipe = Asked.taken(given, dry_run=dry_run).options()
     if lora:
         made = _lora(src, out, kind, base, recipe, dry_run, given)
         _show((made,), time.monotonic() - started, dry_run, as_json, quiet)

@@ -21,6 +21,7 @@ from .gguf.edit import without
 from .gguf.encode import copied
 from .gguf.files import SPLIT_KEYS, OutTensor, cut_by_size, plan_files
 from .gguf.inplace import fits, new_header, repair, undo_path, write_header
+from .gguf.known_keys import misspelt
 from .gguf.settings import apply_settings
 from .gguf.tensors import GgufTensors
 
@@ -39,11 +40,13 @@ class ToolReport:
         files: path to bytes of what was written.
         changes: metadata keys that changed, with old and new value as shown to people.
         in_place: only the header was written.
+        warnings: what a user should know.
     """
 
     files: dict[Path, int]
     changes: tuple[tuple[str, KeyValue | None, KeyValue | None], ...] = ()
     in_place: bool = False
+    warnings: tuple[str, ...] = ()
 
 
 def set_metadata(
@@ -65,11 +68,9 @@ def set_metadata(
         settings: ``KEY=VALUE`` (see ``gguf.settings``).
         delete: keys to take out.
         out: write another file instead.
-        force: replace ``out``.
-        resume: continue an interrupted run.
+        force, resume: replace ``out``; continue an interrupted run.
         dry_run: only tell.
-        limits: memory and threads.
-        progress: called with (bytes done, bytes in all).
+        limits, progress: memory and threads; called with (bytes done, bytes in all).
 
     Raises:
         ConfigError: a bad setting, an unknown key, or one that the layout depends on.
@@ -93,7 +94,8 @@ def set_metadata(
     header = new_header(file, list(after.values()))
     target = source if out is None else Path(out)
     in_place = out is None and fits(file, header)
-    report = ToolReport({target: source.stat().st_size}, changes, in_place)
+    notes = misspelt(settings, kept)
+    report = ToolReport({target: source.stat().st_size}, changes, in_place, notes)
     if dry_run or (not changes and out is None):
         return report
     if in_place:
@@ -103,7 +105,7 @@ def set_metadata(
         target.name, list(after.values()), [_tensors(file)], alignment=file.alignment
     )
     _write(target, files, file, force or out is None, resume, limits, progress)
-    return ToolReport({target: files[0].size}, changes, in_place)
+    return ToolReport({target: files[0].size}, changes, in_place, notes)
 
 
 def merge(

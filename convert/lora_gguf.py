@@ -39,6 +39,7 @@ from .architectures import (
 from .general import general_entries, naming
 from .gguf import KeyValue, TensorSpec
 from .gguf.files import OutTensor, plan_files
+from .gguf.known_keys import misspelt
 from .gguf.settings import apply_settings
 from .gguf.values import f32, u32
 from .gguf_plan import FILE_TYPES, PlannedTensor, payload
@@ -93,7 +94,8 @@ def lora_to_gguf(
     pairs = _pairs(read, architecture, full, _alpha(read))
     tensors = [_planned(t, kind) for pair in pairs for t in pair.tensors]
     override = Path(metadata) if metadata is not None else None
-    entries = apply_settings(_entries(read, architecture, pairs, name, override), settings)
+    own = _entries(read, architecture, pairs, name, override)
+    entries = apply_settings(own, settings)
     target = Path(out)
     if target.is_dir():
         target = target / f"{naming(entries, kind.name, 'LoRA')}.gguf"
@@ -108,7 +110,7 @@ def lora_to_gguf(
         nbytes=files[0].size,
         tensors=tensors,
         metadata=entries,
-        warnings=(),
+        warnings=misspelt(settings, own),
         files=(target.name,),
     )
 

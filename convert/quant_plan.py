@@ -6,13 +6,14 @@ several targets the payloads of a tensor form one group, so its rows are read on
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
 
-from ..errors import QuantError
+from ..errors import QuantError, did_you_mean
 from ..quant import ErrorSums, GgmlType
 from ..quant.recipes import (
     Choice,
@@ -21,6 +22,7 @@ from ..quant.recipes import (
     Target,
     TensorRecord,
     choose,
+    compile_pattern,
     unmet_importance,
 )
 from ..shardio.payload import Payload
@@ -31,6 +33,7 @@ from .gguf.files import OutTensor
 from .imatrix import ImportanceMatrix
 
 _NAMES_SHOWN = 5
+_KINDS_SHOWN = 12
 _CHECKED = ("F32", "F16", "BF16")  # read even where they stay, to find NaN and infinity
 _UNMEASURED = ("token_embd.weight", "per_layer_token_embd.weight", "output.weight")
 
@@ -148,11 +151,13 @@ def plan_targets(
         allow_requantize: whether blocks may be decoded and encoded as other blocks.
 
     Raises:
-        QuantError: blocks would be requantized without permission, or an impossible type.
+        QuantError: blocks would be requantized without permission, an impossible type, or a pattern
+            that no tensor matches.
         FormatError: the importance matrix does not fit.
     """
     options = replace(options, has_importance=importance is not None)
     by_name = {s.name: s for s in sources}
+    _refuse_idle_patterns(options, list(by_name))
     records = [TensorRecord(s.name, s.values.shape or (1,), s.type) for s in sources]
     chosen = [choose(records, target, facts, options) for target in targets]
     for target, choices in zip(targets, chosen, strict=True):
@@ -180,6 +185,22 @@ def plan_targets(
             )
         )
     return plans
+
+
+def _refuse_idle_patterns(options: RecipeOptions, names: Sequence[str]) -> None:
+    """A pattern that matches nothing is a slip: what it was to protect would be quantized."""
+    for pattern, kind in options.tensor_types if names else ():
+        if any(map(compile_pattern(pattern).search, names)):
+            continue
+        parts = dict.fromkeys(name.split(".")[-2] for name in names if "." in name)
+        hints = (did_you_mean(word.lower(), parts) for word in re.findall(r"\w{3,}", pattern))
+        shapes = dict.fromkeys(re.sub(r"\.\d+\.", ".N.", name) for name in names)
+        shown = list(shapes)[:_KINDS_SHOWN]
+        more = ", ..." if len(shapes) > len(shown) else ""
+        raise QuantError(
+            f"--tensor-type {pattern}={kind} matches no tensor{next(filter(None, hints), '')}; "
+            f"there are {', '.join(shown)}{more}"
+        )
 
 
 def require_importance(plan: TargetPlan) -> None:

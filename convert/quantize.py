@@ -21,6 +21,7 @@ from ..shardio.stream import Limits, OutFile, Progress
 from .gguf import GgufFile, KeyValue, open_gguf
 from .gguf.edit import Pruning, model_facts, parse_override, set_entry, without
 from .gguf.files import SPLIT_KEYS, OutTensor, cut_by_size, plan_files
+from .gguf.known_keys import misspelt
 from .gguf.settings import apply_settings
 from .gguf.tensors import GgufTensors
 from .gguf.values import string, u32
@@ -307,6 +308,7 @@ class _Run:
         infos = self.file.tensors.values()
         size, weights = sum(t.nbytes for t in infos), sum(prod(t.shape) for t in infos)
         warnings = plan_warnings(self.plans, self.sources, self.matrix)
+        warnings += misspelt(self.options.settings, self.entries)
         return QuantizeReport(
             self.file.paths[0], size, 8 * size / max(1, weights), outputs, warnings
         )

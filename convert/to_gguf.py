@@ -34,6 +34,7 @@ from .general import general_entries, naming
 from .gguf import KeyValue
 from .gguf.edit import model_facts, parse_override, set_entry
 from .gguf.files import cut_by_size, plan_files
+from .gguf.known_keys import misspelt
 from .gguf.settings import apply_settings
 from .gguf.values import u32
 from .gguf_plan import (
@@ -188,6 +189,7 @@ def _plan(
     model = _Model(ckpt, architecture, config, mapped, entries, general)
     matrix = chosen_matrix(options)
     facts = model_facts(model.entries(0))
+    notes = misspelt(options.settings, model.entries(0))
     care = Care(options.best, options.measure)
     outputs = plan_outputs(mapped, types, facts, options.recipe, matrix, care)
     every = [model.metadata(one, options, matrix) for one in outputs]
@@ -197,7 +199,7 @@ def _plan(
         shards = cut_by_size(one.out, options.max_shard_size, count=options.max_shard_tensors)
         made = plan_files(file_name, metadata, shards, big_endian=options.big_endian)
         files += made
-        reports.append(model.report(one, folder / file_name, metadata, made))
+        reports.append(model.report(one, folder / file_name, metadata, made, notes))
     return reports, files
 
 
@@ -304,7 +306,12 @@ class _Model:
         return list({entry.key: entry for entry in entries}.values())
 
     def report(
-        self, output: Output, target: Path, metadata: list[KeyValue], files: list[OutFile]
+        self,
+        output: Output,
+        target: Path,
+        metadata: list[KeyValue],
+        files: list[OutFile],
+        notes: tuple[str, ...],
     ) -> GgufReport:
         """Describe an output."""
         return GgufReport(
@@ -314,7 +321,7 @@ class _Model:
             nbytes=sum(f.size for f in files),
             tensors=output.tensors,
             metadata=metadata,
-            warnings=(*self.ckpt.warnings, *output.warnings),
+            warnings=(*self.ckpt.warnings, *output.warnings, *notes),
             files=tuple(f.name for f in files),
         )
 

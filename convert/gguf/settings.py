@@ -7,6 +7,7 @@ file, such as a chat template. Keys keep their place; new ones come last.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,12 @@ _NAMES: Mapping[str, ValueType] = {
     **{kind.name.lower(): kind for kind in ValueType if kind != ValueType.ARRAY},
     "str": ValueType.STRING,
 }
+#: What is meant as a type although it is none: ``u33:5``, ``int:5``, ``strings[]:a,b``.
+_LIKE_A_TYPE = re.compile(
+    r"(?:(?:u|i|s|f|bf|fp|u?int|float)\d{1,3}|u?int|float|double|text|arr(?:ay)?)(?:\[\])?"
+    r"|\w+\[\]",
+    re.IGNORECASE,
+)
 _FLOATS = (ValueType.F32, ValueType.F64)
 
 
@@ -46,7 +53,7 @@ def parse_setting(text: str, known: Mapping[str, KeyValue]) -> KeyValue:
         known: entries that are there, whose types new values take.
 
     Raises:
-        ConfigError: another form, or a value that is not of its type.
+        ConfigError: another form, an unknown type, or a value that is not of its type.
     """
     key, equals, value = text.partition("=")
     if not key or not equals:
@@ -54,6 +61,11 @@ def parse_setting(text: str, known: Mapping[str, KeyValue]) -> KeyValue:
     name, colon, rest = value.partition(":")
     items = name.endswith("[]")
     kind = _NAMES.get(name.removesuffix("[]")) if colon else None
+    if colon and kind is None and _LIKE_A_TYPE.fullmatch(name):
+        raise ConfigError(
+            f"{text!r}: there is no type {name!r}; types are {', '.join(_NAMES)}, and each with "
+            f"[] for a list (a text that begins like this is given as {key}=str:{value})"
+        )
     if kind is not None:
         entry = _array(key, kind, rest) if items else _scalar(key, kind, _loaded(rest))
     elif key in known:

@@ -8,7 +8,14 @@ result equals llama-quantize's choice, tensor for tensor. Nothing here knows fil
 from __future__ import annotations
 
 from .choose import choose, unmet_importance
-from .records import Choice, ModelFacts, RecipeOptions, TensorRecord, parse_override
+from .records import (
+    Choice,
+    ModelFacts,
+    RecipeOptions,
+    TensorRecord,
+    compile_pattern,
+    parse_override,
+)
 from .targets import ALIASES, TARGETS, Target, parse_target
 
 __all__ = [
@@ -20,6 +27,7 @@ __all__ = [
     "Target",
     "TensorRecord",
     "choose",
+    "compile_pattern",
     "parse_override",
     "parse_target",
     "unmet_importance",

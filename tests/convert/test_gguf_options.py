@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from mconv.cli import cli
 from mconv.convert.gguf import KeyValue, ValueType, open_gguf
 from mconv.convert.gguf.endian import swap_bytes
+from mconv.convert.gguf.known_keys import misspelt
 from mconv.convert.gguf.settings import apply_settings, parse_setting, plain, shown
 from mconv.convert.gguf.values import f32, i32_array, string, strings, u32
 from mconv.convert.quantize import QuantizeOptions, quantize_gguf
@@ -66,6 +67,8 @@ KNOWN = {
         ("new=0.5", ValueType.F32, 0.5, None),
         ("new=true", ValueType.BOOL, True, None),
         ("new=http://x", ValueType.STRING, "http://x", None),
+        ("new=qwen3:8b", ValueType.STRING, "qwen3:8b", None),
+        ("new=str:f16: or f32", ValueType.STRING, "f16: or f32", None),
         ("new=f32[]:1,2.5", ValueType.ARRAY, [1.0, 2.5], ValueType.F32),
         ("new=[\"a\"]", ValueType.ARRAY, ["a"], ValueType.STRING),
         ("new=[1.5, 2]", ValueType.ARRAY, [1.5, 2.0], ValueType.F32),
@@ -87,6 +90,24 @@ def test_settings_take_types(
 def test_bad_settings(text: str) -> None:
     with pytest.raises(ConfigError):
         parse_setting(text, KNOWN)
+
+
+@pytest.mark.parametrize("text", ["u33:5", "int:5", "u32s[]:1,2", "uint8[]:1", "bf16:2"])
+def test_unknown_types_are_no_texts(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"no type '.*'; types are u8, i8, .*, str"):
+        parse_setting(f"new={text}", KNOWN)
+
+
+def test_misspelt_keys_are_told() -> None:
+    before = [string("general.architecture", "llama"), string("general.mine", "x")]
+    good = ["general.url=x", "general.base_model.3.name=x", "general.mine=y", "my.own=1"]
+    good += ["llama.context_length=8", "llama.something.of.mine=8", "tokenizer.ggml.pre=x"]
+    assert misspelt(good, before) == ()
+    texts = ["general.nane=x", "llama.context_lenght=9", "tokenizer.ggml.prr=x", "general.zzz=1"]
+    found = misspelt(texts, before)
+    assert [note.partition(" ")[0] for note in found] == [t.partition("=")[0] for t in texts]
+    hints = ("'general.name'", "'llama.context_length'", "'tokenizer.ggml.pre'", "GGUF defines")
+    assert all(hint in note for hint, note in zip(hints, found, strict=True))
 
 
 def test_settings_keep_their_place_and_files_are_read(tmp_path: Path) -> None:
@@ -122,6 +143,11 @@ def test_metadata_file_and_settings(tmp_path: Path, model: Path) -> None:
     file = open_gguf(out)
     assert (file["general.author"], file["general.name"]) == ("me", "New")
     assert list(file["general.tags"]) == ["a", "b"]
+    done = run("to-gguf", model, tmp_path / "y.gguf", "--set", "general.nane=New")
+    assert done.exit_code == 0 and "did you mean 'general.name'" in done.output
+    for command in (["gguf", "set", out], ["quantize", out, tmp_path / "q.gguf", "Q8_0", "--set"]):
+        done = run(*command, "general.nane=New", "--dry-run")
+        assert done.exit_code == 0 and "did you mean 'general.name'" in done.output
     meta.write_text("[]")
     with pytest.raises(ConfigError, match="JSON object"):
         to_gguf(model, tmp_path / "y.gguf", metadata=meta)

@@ -321,6 +321,10 @@ def test_command(tmp_path: Path, model: Path) -> None:
     [
         (["Q4_K_X"], "unknown quantization target 'Q4_K_X' .did you mean"),
         (["Q8_0", "--tensor-type", "a"], "REGEX=TYPE"),
+        (["Q8_0", "--tensor-type", "attn_vv=q6_k"], "matches no tensor (did you mean 'attn_v'?)"),
+        (["Q8_0", "--tensor-type", r"^blk\.\d+\.ffn_gat\.=q6_k"], "there are token_embd.weight, "),
+        (["Q8_0", "--tensor-type", r"ffn_don\.weight=f16"], "did you mean 'ffn_down'"),
+        (["Q8_0", "--report", "--dry-run"], "leave one of them out"),
         (["Q8_0", "--output-tensor-type", "q9"], "unknown tensor type 'q9'"),
         (["Q8_0", "--prune-layers", "a,b"], "not a list of layer numbers"),
         (["Q8_0", "--prune-layers", "80"], "cannot prune layer 80"),
@@ -330,7 +334,7 @@ def test_command(tmp_path: Path, model: Path) -> None:
 def test_command_refuses(tmp_path: Path, model: Path, args: list[str], problem: str) -> None:
     code, text = run(model, tmp_path / "o.gguf", *args)
     assert code == 2
-    assert problem.replace(".did", "(did") in text
+    assert problem.replace(".did", "(did") in " ".join(text.split())
     assert leftovers(tmp_path) == {"in.gguf"}
 
 

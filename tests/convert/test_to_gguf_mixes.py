@@ -106,6 +106,10 @@ def test_command(checkpoint: Path, tmp_path: Path) -> None:
         assert open_gguf(tmp_path / name).tensors["output.weight"].type.name == "Q8_0"
     result = CliRunner().invoke(cli, [*args, "--tensor-type", "x"])
     assert isinstance(result.exception, MconvError)
+    result = CliRunner().invoke(cli, [*args, "--force", "--tensor-type", "atn_q=q8_0"])
+    assert isinstance(result.exception, QuantError) and "'attn_q'" in str(result.exception)
+    result = CliRunner().invoke(cli, [*args, "--force", "--report", "--dry-run"])
+    assert result.exit_code == 2 and "leave one of them out" in result.output
 
 
 @pytest.mark.skipif(not have_llamacpp(), reason="xllamacpp is not installed")
