@@ -1,7 +1,7 @@
 """Worlds that mirror Hugging Face's names one by one, such as its own Flax and TensorFlow models.
 
 Each name has one counterpart, each tensor is the same or its transpose; so no table is needed but a
-function, and what most layers have, all must have.
+function, and what most layers have, all must have. Config.json is the user's or made by the naming.
 """
 
 from __future__ import annotations
@@ -9,21 +9,43 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from ...errors import ConfigError
 from ...shardio.checkpoint import Checkpoint
 from ...shardio.tensor import LazyTensor
-from ..movement import transpose
 from .record import Model, Request
 
 _LAYER = re.compile(r"(?<=\.)(\d+)(?=\.)")
+_ONCE = "relative_attention_bias"  # of T5, in the first layer only
 _SHOWN = 6
-#: foreign name -> Hugging Face name and whether the tensor is transposed; None: left out
-Mirror = Callable[[str], tuple[str, bool] | None]
+Step = Callable[[LazyTensor], LazyTensor]
+#: foreign name -> Hugging Face name and what is done to the tensor; None: left out
+Mirror = Callable[[str], tuple[str, Step] | None]
 
 
-def mirrored(ckpt: Checkpoint, mirror: Mirror) -> Checkpoint:
+def same(tensor: LazyTensor) -> LazyTensor:
+    """The tensor as it is."""
+    return tensor
+
+
+def squeezed(tensor: LazyTensor) -> LazyTensor:
+    """The tensor without leading dims of one."""
+    shape = tensor.shape
+    while len(shape) > 1 and shape[0] == 1:
+        shape = shape[1:]
+    return tensor.reshape(shape)
+
+
+def mirrored(
+    ckpt: Checkpoint, mirror: Mirror, config: Mapping[str, Any] | None = None
+) -> Checkpoint:
     """Return the checkpoint under Hugging Face names, weights and optimizer states alike.
+
+    Args:
+        ckpt: with foreign names.
+        mirror: what becomes of each.
+        config: config.json, where the checkpoint's own is not one.
 
     Raises:
         ConfigError: two tensors become one, or layers lack what the others have.
@@ -40,6 +62,7 @@ def mirrored(ckpt: Checkpoint, mirror: Mirror) -> Checkpoint:
     return replace(
         ckpt,
         naming="hf",
+        config=ckpt.config if config is None else config,
         weights=weights,
         optimizer={s: _renamed(ckpt, t, mirror) for s, t in ckpt.optimizer.items()},
         placements={},
@@ -56,10 +79,10 @@ def _renamed(
         found = mirror(name)
         if found is None:
             continue
-        new, turned = found
+        new, step = found
         if new in out:
             raise ConfigError(f"{ckpt.path}: {name} and another tensor both become {new}")
-        out[new] = transpose(tensor) if turned else tensor
+        out[new] = step(tensor)
     return out
 
 
@@ -76,7 +99,7 @@ def _gaps(weights: Mapping[str, LazyTensor]) -> list[str]:
     lost = []
     for pattern, there in patterns.items():
         count = stems[pattern.partition("{}")[0]] + 1
-        if 2 * len(there) > count:
+        if 2 * len(there) >= count and _ONCE not in pattern:
             lost += [pattern.format(i) for i in range(count) if i not in there]
     return lost
 

@@ -10,18 +10,19 @@ whatever the architecture. Source: transformers 4 ``modeling_flax_pytorch_utils.
 from __future__ import annotations
 
 from ...shardio.checkpoint import Checkpoint
-from ._mirror import mirrored, not_described, not_written
+from ..movement import transpose
+from ._mirror import Step, mirrored, not_described, not_written, same
 from .record import Naming, Request
 
 _TITLE = "Hugging Face Flax"
 _ENDS = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 
 
-def _torch_name(name: str) -> tuple[str, bool]:
+def _torch_name(name: str) -> tuple[str, Step]:
     while name.startswith("params."):
         name = name.removeprefix("params.")
     stem, dot, end = name.rpartition(".")
-    return f"{stem}{dot}{_ENDS.get(end, end)}", end == "kernel"
+    return f"{stem}{dot}{_ENDS.get(end, end)}", transpose if end == "kernel" else same
 
 
 def _restore(ckpt: Checkpoint, request: Request) -> Checkpoint:

@@ -1,16 +1,19 @@
 """TensorFlow checkpoints: TF1 Savers (partitioned variables too) and TF2 object graphs.
 
 ``checkpoint`` names the newest prefix of a folder. TF2 variables get the path below the root's
-``model``; kernels stay [in, out] as TensorFlow has them. Read in pure Python: see
-``tensor_bundle.py``.
+``model``, those of Hugging Face's TensorFlow models their own names; kernels stay [in, out] as
+TensorFlow has them (see ``convert/naming``). Read in pure Python: see ``tensor_bundle.py``.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ...errors import FormatError, UnsupportedError
+from ..assets import load_json
 from ..checkpoint import Checkpoint
 from ..coverage import prove
 from ..layout import Layout
@@ -24,7 +27,18 @@ _LATEST = re.compile(r'^model_checkpoint_path:\s*"([^"]+)"', re.MULTILINE)
 _LIST = re.compile(r"(?<=\blayers\.)layer[-_](\d+)(?=\.)")  # a list kept as attributes
 _DATA = re.compile(r"\.data-\d{5}-of-\d{5}$")
 _COUNTERS = ("step", "global_step", "iterations", "optimizer/_iterations", "save_counter")
-_SLOTS = {"Adam": "exp_avg", "Adam_1": "exp_avg_sq", "Momentum": "momentum"}
+_SLOTS = {"Adam": "exp_avg", "Adam_1": "exp_avg_sq", "Momentum": "momentum",
+          "adam_m": "exp_avg", "adam_v": "exp_avg_sq"}  # fmt: skip
+_FACTORED = ("_slot_v", "_slot_vr", "_slot_vc", "_slot_m")  # of mesh TensorFlow's Adafactor
+_SETTINGS = ("hparams.json", "bert_config.json")
+#: (naming, a name with # for the layer)
+_WORLDS = (
+    ("gpt2_tf", "model.h#.attn.c_attn.w"),
+    ("bert_tf", "bert.encoder.layer_#.attention.self.query.kernel"),
+    ("t5_tf", "encoder.block_#.layer_#.SelfAttention.q"),
+)
+_NUMBER = re.compile(r"(?<=[h_])\d+(?=\.)")
+_HF_LIST = "_._"  # how Hugging Face's TensorFlow models number lists
 _OPTIMIZER = ("optimizer", "_optimizer", "opt")
 
 
@@ -73,16 +87,34 @@ def open_tensorflow(root: Path, options: OpenOptions) -> Checkpoint:
     return Checkpoint(
         path=root,
         format="tensorflow",
-        naming="hf" if any(n.startswith("model.") for n in weights) else "tensorflow",
+        naming=_world(weights),
         weights=weights,
         optimizer=optimizer,
         step=_step(bundle),
         config=config,
+        args=_own_settings(root),
         layout=Layout(format="tensorflow"),
         checksums=bundle.checksums(),
         assets=assets,
         warnings=tuple(notes),
     )
+
+
+def _world(weights: Mapping[str, LazyTensor]) -> str:
+    """Tell whose names they are by one marker each."""
+    seen = {_NUMBER.sub("#", n) for n in weights}
+    for naming, marker in _WORLDS:
+        if marker in seen:
+            return naming
+    if any(_HF_LIST in n for n in weights):
+        return "hf_tf"
+    return "hf" if any(n.startswith("model.") for n in weights) else "tensorflow"
+
+
+def _own_settings(root: Path) -> dict[str, Any]:
+    """The settings that OpenAI and Google keep beside their models, by file name."""
+    places = {name: root.with_name(name) for name in _SETTINGS}
+    return {name: load_json(path) for name, path in places.items() if path.is_file()}
 
 
 def _from_objects(bundle: Bundle, notes: list[str]) -> dict[str, LazyTensor]:
@@ -91,6 +123,7 @@ def _from_objects(bundle: Bundle, notes: list[str]) -> dict[str, LazyTensor]:
         found = variables(bundle.string(GRAPH_KEY))
     except (ValueError, IndexError) as e:
         raise FormatError(f"{bundle.prefix}: the object graph is damaged ({e})") from e
+    listed = any(_HF_LIST in v.full_name for v in found)
     has_model = any(path[:1] == ("model",) for v in found for path in v.paths)
     weights: dict[str, LazyTensor] = {}
     others = []
@@ -102,7 +135,10 @@ def _from_objects(bundle: Bundle, notes: list[str]) -> dict[str, LazyTensor]:
         if path is None or entry.dtype == STRING:
             others.append(variable.key)
             continue
-        weights[_LIST.sub(r"\1", ".".join(path))] = bundle.tensor(variable.key)
+        name = _LIST.sub(r"\1", ".".join(path))
+        if listed and variable.full_name:
+            name = variable.full_name.replace("/", ".")
+        weights[name] = bundle.tensor(variable.key)
     if others:
         notes.append(
             f"{len(others)} variables are not the model's (optimizer, counters) and are left out, "
@@ -126,10 +162,15 @@ def _from_names(
     """Variables of a TF1 Saver; slots of Adam lie below their variable."""
     names = bundle.names()
     known = set(names)
+    factored = {n for n in names if n.endswith(_FACTORED) and n.rpartition("_slot")[0] in known}
+    if factored:
+        notes.append(f"{len(factored)} factored optimizer states (Adafactor) are left out")
     weights: dict[str, LazyTensor] = {}
     states: dict[str, dict[str, LazyTensor]] = {}
     for name in names:
         if not name or name in _COUNTERS or name.endswith(("_power", "/ExponentialMovingAverage")):
+            continue
+        if name in factored:
             continue
         owner, _, slot = name.rpartition("/")
         try:
