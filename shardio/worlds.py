@@ -27,6 +27,8 @@ _MARKERS = (
     ("olmo", "model.transformer.blocks.#.att_proj.weight"),
     ("metaseq", "decoder.layers.#.self_attn.qkv_proj.weight"),
     ("olmo_core", "blocks.#.attention.w_q.weight"),
+    ("mindspore", "model.layers.#.attention.wq.weight"),
+    ("mindspore", "model.layers.#.attention.w_qkv.weight"),
 )
 _PADDLE_ROOTS = ("llama", "mistral", "mixtral", "qwen2")
 _PADDLE = tuple(

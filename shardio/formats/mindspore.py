@@ -42,10 +42,13 @@ _DTYPES: dict[str, np.dtype] = {
     "UInt16": np.dtype("<u2"), "UInt32": np.dtype("<u4"), "UInt64": np.dtype("<u8"),
     "Bool": np.dtype("?"),
 }  # fmt: skip
-_MOMENTS = {"moment1.": "exp_avg", "moment2.": "exp_avg_sq", "adam_m.": "exp_avg",
-            "adam_v.": "exp_avg_sq"}  # fmt: skip
+_MOMENTS = {"moment1.": "exp_avg", "moment2.": "exp_avg_sq", "moments1.": "exp_avg",
+            "moments2.": "exp_avg_sq", "adam_m.": "exp_avg", "adam_v.": "exp_avg_sq",
+            "exp_avg.": "exp_avg", "exp_avg_sq.": "exp_avg_sq"}  # fmt: skip
 _COUNTERS = ("global_step", "step_num", "step")
-_SETTINGS = (*_COUNTERS, "epoch_num", "learning_rate", "beta1_power", "beta2_power", "scale_sense")
+_SETTINGS = (*_COUNTERS, "epoch_num", "learning_rate", "beta1_power", "beta2_power", "scale_sense",
+             "loss_scale", "current_iterator_step", "last_overflow_iterator_step", "current_step_",
+             "weight_decay")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
