@@ -46,3 +46,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ``" (did you mean 'x'?)"`` for the closest known name, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun: ``1 tensor``, ``2,000 tensors``."""
+    return f"{number:,} {noun if number == 1 else noun + 's'}"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import counted
 from .options import (
     human,
     model_options,
@@ -87,13 +88,13 @@ def _show(r: ModelCheck, *, every: bool, given: dict[str, Any]) -> None:
         rows += [
             (
                 "vocabulary",
-                f"{v.model} {v.pre}: {v.tokens:,} tokens ({kinds}), {v.merges:,} merges",
+                f"{v.model} {v.pre}: {v.tokens:,} tokens ({kinds}), {counted(v.merges, 'merge')}",
             ),
             ("specials", " ".join(f"{role}={n}" for role, n in v.specials.items()) or "none"),
             ("template", "yes" if v.chat_template else "none"),
         ]
     if r.ignored:
-        rows.append(("left out", f"{len(r.ignored)} tensors, such as {r.ignored[0]}"))
+        rows.append(("left out", f"{counted(len(r.ignored), 'tensor')}, such as {r.ignored[0]}"))
     if r.tensors:
         rows += [
             ("tensors", f"{len(r.tensors)}: {_types(r.tensors)}"),
@@ -128,5 +129,5 @@ def _hazards(r: ModelCheck) -> list[str]:
     if not risky:
         return []
     if not r.scanned:
-        return [f"{len(risky)} tensors: {risky[0].hazard}; --scan looks at the values"]
+        return [f"{counted(len(risky), 'tensor')}: {risky[0].hazard}; --scan looks at the values"]
     return [f"{t.source}: {t.hazard}" for t in risky]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..errors import counted
 from .options import (
     Size,
     human,
@@ -103,8 +104,9 @@ def _show(report: FromGgufReport, seconds: float, dry_run: bool) -> None:
         click.echo("converted to GGUF again, the file would not be the same:", err=True)
         click.echo("\n".join(lines), err=True)
     verb = "would write" if dry_run else "wrote"
+    size = f"{counted(len(report.files), 'file')}, {human(report.nbytes)}"
     click.echo(
-        f"{verb} {report.target}: {report.model} in {report.dtype}, {report.tensors} tensors, "
-        f"{report.parameters:,} parameters, {len(report.files)} files, {human(report.nbytes)} "
+        f"{verb} {report.target}: {report.model} in {report.dtype}, "
+        f"{counted(report.tensors, 'tensor')}, {counted(report.parameters, 'parameter')}, {size} "
         f"in {seconds:.1f} s"
     )

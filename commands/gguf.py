@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import counted
 from .options import (
     Size,
     human,
@@ -66,8 +67,9 @@ def show(file: str, keys: tuple[str, ...], no_tensors: bool, as_json: bool) -> N
     size = sum(p.stat().st_size for p in opened.paths)
     order = ", big-endian" if opened.big_endian else ""
     click.echo(
-        f"{opened.paths[0]}: GGUF {opened.version}{order}, {len(opened.paths)} files, "
-        f"{human(size)}, {len(opened.entries)} keys, {len(opened.tensors)} tensors"
+        f"{opened.paths[0]}: GGUF {opened.version}{order}, {counted(len(opened.paths), 'file')}, "
+        f"{human(size)}, {counted(len(opened.entries), 'key')}, "
+        f"{counted(len(opened.tensors), 'tensor')}"
     )
     width = max((len(k) for k in entries), default=0)
     for key, entry in entries.items():

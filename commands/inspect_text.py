@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..errors import counted
 from .options import human, warn
 
 if TYPE_CHECKING:
@@ -52,8 +53,8 @@ def _report_rows(r: Inspection) -> Iterator[tuple[str, str]]:
     yield "format", r.format + (f" {r.version}" if r.version else "")
     yield "layout", " ".join(f"{k}={v}" for k, v in r.layout.items()) or "one rank"
     yield "step", "unknown" if r.step is None else str(r.step)
-    count = f"{r.parameters:,} in {len(r.tensors)} tensors"
-    yield "parameters", f"{count}, {human(r.nbytes)}, {r.files} files"
+    count = f"{r.parameters:,} in {counted(len(r.tensors), 'tensor')}"
+    yield "parameters", f"{count}, {human(r.nbytes)}, {counted(r.files, 'file')}"
     yield "dtypes", ", ".join(f"{k} {v:,}" for k, v in r.dtypes.items())
     states = ", ".join(f"{k} ({v})" for k, v in r.optimizer.items())
     yield "optimizer", f"{r.optimizer_kind}: {states}" if r.optimizer_kind else "none"
@@ -70,7 +71,7 @@ def _report_rows(r: Inspection) -> Iterator[tuple[str, str]]:
         yield "padded", f"{name} has {rows} rows, {true}"
     if r.frozen:
         shown = ", ".join(r.frozen[:4]) + (", ..." if len(r.frozen) > 4 else "")
-        yield "frozen", f"{len(r.frozen)} weights have no optimizer state: {shown}"
+        yield "frozen", f"{counted(len(r.frozen), 'weight')} without optimizer state: {shown}"
     if r.replicas:
         yield "copies", f"{r.replicas} that must equal the tensor in use; --verify compares them"
     proof = "whole, every element is in exactly one place" if r.whole else "BROKEN"
@@ -96,12 +97,16 @@ def _file_lines(files: tuple[FileLine, ...]) -> Iterator[str]:
             yield f"{members[0].name}  {nbytes}, {what}"
         else:
             name, ranges = _numbers([f.name for f in members])
-            yield f"{name}  {len(members)} files ({ranges}), {nbytes}, {what}"
+            yield f"{name}  {counted(len(members), 'file')} ({ranges}), {nbytes}, {what}"
 
 
 def _contents(members: Iterable[FileLine]) -> str:
     weights, states = (sum(v) for v in zip(*((f.weights, f.states) for f in members), strict=True))
-    parts = [f"{n} pieces of {what}" for n, what in ((weights, "weights"), (states, "states")) if n]
+    parts = [
+        f"{counted(n, 'piece')} of {what}"
+        for n, what in ((weights, "weights"), (states, "states"))
+        if n
+    ]
     return " and ".join(parts)
 
 
@@ -125,7 +130,7 @@ def _numbers(names: list[str]) -> tuple[str, str]:
 def show_present(present: Mapping[str, tuple[int, int]]) -> None:
     """Print which files lie where no checkpoint could be opened: on stderr, beside the error."""
     for pattern, (count, nbytes) in list(present.items())[:_SHOWN]:
-        times = f"{count} files" if count > 1 else "1 file"
+        times = counted(count, "file")
         click.echo(
             f"{click.style('found:', bold=True)} {pattern}  {times}, {human(nbytes)}", err=True
         )
@@ -144,7 +149,7 @@ def show_tree(root: Module) -> None:
         if t is not None and not module.children:
             about = f"{list(t.shape)} {t.dtype}"
         else:
-            about = f"{module.parameters:,} parameters, {human(module.nbytes)}"
+            about = f"{counted(module.parameters, 'parameter')}, {human(module.nbytes)}"
         click.echo(f"{lead}{click.style(name or '(root)', bold=True)}{times}  {about}")
         for k, child in enumerate(module.children):
             last = k == len(module.children) - 1
@@ -208,7 +213,7 @@ def show_verification(path: Path, v: Verification) -> None:
             ("path", str(path)),
             ("read", human(v.nbytes)),
             ("checked", done or "nothing"),
-            ("result", "sound" if v.sound else f"{len(v.problems)} problems"),
+            ("result", "sound" if v.sound else f"{counted(len(v.problems), 'problem')}"),
         ]
     )
     for note in v.notes:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import counted
 from .options import human, render_options, show_json, warn
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ def _check(path: Path, as_json: bool, quiet: bool) -> None:
         return
     if not quiet:
         warn(checked.warnings)
-        click.echo(f"{path}: legal, {len(checked.warnings)} warnings")
+        click.echo(f"{path}: legal, {counted(len(checked.warnings), 'warning')}")
 
 
 def _make(

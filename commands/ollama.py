@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import counted
 from .modelfile import checkpoint_options, given, modelfile_options, proof_line, wishes
 from .options import human, progress_bar, render_options, show_json, warn
 
@@ -135,7 +136,7 @@ def bundle_command(name: str, output: str, force: bool, store: str | None) -> No
 
     manifest = bundle(_store(store), parse_name(name), Path(output), force)
     size = human(Path(output).stat().st_size)
-    click.echo(f"wrote {output}: {manifest.name}, {len(manifest.blobs())} blobs, {size}")
+    click.echo(f"wrote {output}: {manifest.name}, {counted(len(manifest.blobs()), 'blob')}, {size}")
 
 
 @command.command("unbundle")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import counted
 from .layout_options import layout_options, make_layout
 from .options import (
     Size,
@@ -106,6 +107,7 @@ def _show(report: ReshardReport, seconds: float, dry_run: bool) -> None:
     warn(report.warnings)
     verb = "would write" if dry_run else "wrote"
     click.echo(
-        f"{verb} {report.target}: {report.tensors} tensors, {report.parameters:,} parameters, "
-        f"{len(report.files)} files, {human(report.nbytes)} in {seconds:.1f} s"
+        f"{verb} {report.target}: {counted(report.tensors, 'tensor')}, "
+        f"{counted(report.parameters, 'parameter')}, {counted(len(report.files), 'file')}, "
+        f"{human(report.nbytes)} in {seconds:.1f} s"
     )

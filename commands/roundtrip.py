@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..errors import counted
 from .options import (
     Size,
     human,
@@ -90,9 +91,9 @@ def _render(report: RoundtripReport, seconds: float) -> None:
     path = " > ".join(report.path)
     if report.lossless:
         click.echo(
-            f"lossless: {path}: {report.tensors} tensors came back bit for bit, "
+            f"lossless: {path}: {counted(report.tensors, 'tensor')} came back bit for bit, "
             f"{human(report.nbytes)} written in {seconds:.1f} s"
         )
     else:
         lost = len(report.missing) + len(report.extra) + len(report.changed)
-        click.echo(f"NOT lossless: {path}: {lost} tensors of {report.tensors} are not as they were")
+        click.echo(f"NOT lossless: {path}: {lost} of {report.tensors} tensors are not as they were")

@@ -22,6 +22,7 @@ from ..shardio import Checkpoint, dtypes
 from ..shardio.stream import Limits, Progress
 from ..shardio.tensor import LazyTensor
 from .architectures import Architecture, complete_config, find_architecture, match_tensors
+from .config_errors import config_named
 from .gguf_plan import PlannedTensor
 from .prepare import prepare
 from .to_gguf import GgufReport, open_source, to_gguf
@@ -137,7 +138,7 @@ def check_model(
     """
     folder = Path(tokenizer) if tokenizer is not None else None
     ckpt = open_source(src, config)
-    seen = _Findings()
+    seen = _Findings(ckpt)
     ready = seen.attempt(
         lambda: prepare(
             ckpt, weights=weights, vocab_size=vocab_size, tokenizer=folder, verify=False
@@ -170,14 +171,16 @@ def check_model(
 class _Findings:
     """Collects problems, so that one does not hide another."""
 
-    def __init__(self) -> None:
+    def __init__(self, ckpt: Checkpoint) -> None:
+        self.ckpt = ckpt
         self.problems: list[str] = []
         self.ignored: list[str] = []
 
     def attempt(self, step: Callable[[], T]) -> T | None:
         """Return what a step gives; None when it finds a problem."""
         try:
-            return step()
+            with config_named(self.ckpt):
+                return step()
         except MconvError as error:
             self.problems.append(str(error))
             return None

@@ -30,6 +30,7 @@ from .architectures import (
     map_tensors,
     model_entries,
 )
+from .config_errors import config_named
 from .general import general_entries, naming
 from .gguf import KeyValue
 from .gguf.edit import model_facts, parse_override, set_entry
@@ -136,11 +137,12 @@ def to_gguf(
     options = _checked(quantization or QuantizeOptions())
     general = _General(name, Path(metadata) if metadata is not None else None)
     ckpt = _without_weights(src, config) if vocab_only else open_source(src, config)
-    ready = ckpt if vocab_only else prepare(
-        ckpt, weights=weights, vocab_size=vocab_size, tokenizer=folder, verify=verify
-    )  # fmt: skip
-    words = _Words(folder, pre, vocab_only, vocab_fix)
-    reports, files = _plan(ready, Path(out), type, words, general, options)
+    with config_named(ckpt):
+        ready = ckpt if vocab_only else prepare(
+            ckpt, weights=weights, vocab_size=vocab_size, tokenizer=folder, verify=verify
+        )  # fmt: skip
+        words = _Words(folder, pre, vocab_only, vocab_fix)
+        reports, files = _plan(ready, Path(out), type, words, general, options)
     if not dry_run:
         write_loose(
             reports[0].target, files, plan=_fingerprint(files, ckpt, [weights], options),

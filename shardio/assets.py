@@ -104,6 +104,14 @@ def load_yaml(path: Path, section: str = "") -> Any:
         raise ConfigError(f"{path}: is not valid YAML ({str(e)[:200]})") from e
 
 
+def config_path(assets: Iterable[Path]) -> Path | None:
+    """Return the model's configuration among ``assets``: a file that a user gave has any name."""
+    for path in assets:
+        if path.name == CONFIG or (path.suffix == ".json" and path.name not in _NAMES):
+            return path
+    return None
+
+
 def load_config(assets: Iterable[Path]) -> Mapping[str, Any] | None:
     """Return the parsed ``config.json`` among ``assets``, or None."""
     for path in assets:

@@ -65,6 +65,10 @@ def test_reshard_and_diff(zero3: Path, tmp_path: Path) -> None:
     assert different.returncode == 1
     assert "max rel" in different.stdout
     assert mconv("diff", zero3, tmp_path / "bf16", "--tolerance", "0.01").returncode == 0
+    assert "30 of the tensors that differ are float32 (its fp32 masters)" in different.stdout
+    assert "bfloat16 on the right" in different.stdout and "--rounded" in different.stdout
+    rounded = mconv("diff", tmp_path / "bf16", zero3, "--rounded")
+    assert (rounded.returncode, rounded.stdout) == (0, "30 of 30 common tensors are equal\n")
 
 
 def test_quiet_prints_nothing(zero3: Path, tmp_path: Path) -> None:

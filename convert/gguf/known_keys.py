@@ -43,7 +43,7 @@ def _defined(family: str) -> Iterator[str]:
     """Yield every key, those of architectures for one ``family.``, numbers as ``{id}``."""
     import gguf
 
-    groups = [gguf.Keys]
+    groups: list[type] = [gguf.Keys]
     while groups:
         for name, value in vars(groups.pop()).items():
             if isinstance(value, type):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from mconv.cli import cli
 from mconv.convert.architectures import architectures
 from mconv.convert.check import check_model
 from mconv.convert.to_gguf import to_gguf
+from mconv.errors import MconvError
 from safetensors.numpy import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -103,6 +105,19 @@ def test_unknown_models(model: Path) -> None:
     change(model, architectures=["MptForCausalLM"])
     result = check_model(model)
     assert result.architecture is None and "MptForCausalLM" in result.problems[0]
+
+
+def test_errors_name_the_configuration_that_was_given(model: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.json"
+    mine.write_text('{"model_type": "nope"}')
+    wanted = f"{mine}: model 'nope' is not supported"
+    (problem,) = check_model(model, config=mine).problems
+    assert problem.startswith(wanted)
+    with pytest.raises(MconvError, match=f"^{re.escape(wanted)}"):
+        to_gguf(model, tmp_path / "x.gguf", config=mine)
+    change(model, model_type="nope", architectures=["Nope"])
+    (problem,) = check_model(model).problems
+    assert problem.startswith(f"{model / 'config.json'}: model 'Nope'")
 
 
 def test_commands(model: Path) -> None:
