@@ -1,9 +1,8 @@
-"""The order in which a Hugging Face model registers its parameters.
+"""Weights in the order in which a Hugging Face model registers its parameters.
 
 torch optimizers number parameters, and ZeRO joins them, in that order. Training formats keep it;
-safetensors files sort by name, and translated names come in table order. For the usual decoder
-layouts the order follows from the names: the module lists of transformers' modeling files, checked
-against the models themselves.
+safetensors files sort by name, and translated names come in table order: there the names tell it
+(``shardio/hf_order.py``).
 """
 
 from __future__ import annotations
@@ -11,29 +10,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..shardio import Checkpoint
+from ..shardio.hf_order import by_registration
 
 _TRUE_ORDER = ("deepspeed", "deepspeed-universal", "torch_save", "torch_ranks", "dcp")
-_WORDS = (  # as LlamaModel and its many relatives register them
-    "model", "embed_tokens", "layers",
-    "self_attn", "sinks", "q_a_proj", "q_a_layernorm", "q_b_proj", "kv_a_proj_with_mqa",
-    "kv_a_layernorm", "kv_b_proj", "q_proj", "k_proj", "v_proj", "o_proj", "dense", "q_norm",
-    "k_norm",
-    "mlp", "block_sparse_moe", "gate", "experts", "w1", "w2", "w3", "gate_proj", "up_proj",
-    "down_proj", "fc1", "fc2", "c_fc", "c_proj", "shared_experts", "shared_expert",
-    "shared_expert_gate",
-    "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm",
-    "post_feedforward_layernorm",
-    "norm", "final_layernorm", "lm_head", "weight", "bias",
-)  # fmt: skip
-_GPT2 = (
-    "transformer", "wte", "wpe", "h", "ln_1", "attn", "c_attn", "ln_2", "mlp", "c_fc", "c_proj",
-    "ln_f", "lm_head", "weight", "bias",
-)  # fmt: skip
-_NEOX = (
-    "gpt_neox", "embed_in", "layers", "input_layernorm", "post_attention_layernorm", "attention",
-    "query_key_value", "mlp", "dense_h_to_4h", "dense_4h_to_h", "dense", "final_layer_norm",
-    "embed_out", "lm_head", "weight", "bias",
-)  # fmt: skip
 
 
 def in_model_order(ckpt: Checkpoint) -> Checkpoint:
@@ -43,26 +22,11 @@ def in_model_order(ckpt: Checkpoint) -> Checkpoint:
     """
     if ckpt.format in _TRUE_ORDER:
         return ckpt
-    for words in (_WORDS, _GPT2, _NEOX):
-        keys = {name: _key(name, words) for name in ckpt.weights}
-        if all(key is not None for key in keys.values()):
-            names = sorted(ckpt.weights, key=lambda n: keys[n] or ())
-            return replace(ckpt, weights={n: ckpt.weights[n] for n in names})
+    names = by_registration(ckpt.weights)
+    if names is not None:
+        return replace(ckpt, weights={n: ckpt.weights[n] for n in names})
     note = (
         "the order in which the model registers its parameters is not known: optimizer states are "
         "numbered in the order of the source; compare a loss after loading"
     )
     return replace(ckpt, warnings=(*ckpt.warnings, note))
-
-
-def _key(name: str, words: tuple[str, ...]) -> tuple[int, ...] | None:
-    """Rank of each part of a name; numbers count, words go by their list."""
-    found = []
-    for part in name.split("."):
-        if part.isdigit():
-            found.append(int(part))
-        elif part in words:
-            found.append(words.index(part))
-        else:
-            return None
-    return tuple(found)

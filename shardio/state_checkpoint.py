@@ -116,6 +116,25 @@ def build_checkpoint(
     )
 
 
+def optimizer_of(
+    tree: StateTree,
+    weights: Mapping[str, LazyTensor],
+    tied: Mapping[str, str],
+    notes: list[str],
+) -> tuple[dict[str, dict[str, LazyTensor]], Mapping[str, Any], int | None]:
+    """Return (states by weight name, scalars, step) of an optimizer that lies beside its model.
+
+    Args:
+        tree: the optimizer's.
+        weights: the model's, in the order in which it registers them.
+        tied: alias to owner.
+        notes: what had to be left out is added here.
+    """
+    tables = _name_all(tree.optimizers, weights, tied, notes)
+    states = _optimizer_states(tree.optimizers, tables)
+    return states, LateMapping(lambda: _scalars(tree, tables)) if states else {}, _step(tree)
+
+
 def model_files(
     path: Path, options: OpenOptions
 ) -> tuple[Mapping[str, Any] | None, tuple[Path, ...]]:

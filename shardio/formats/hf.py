@@ -30,6 +30,7 @@ from ..state_checkpoint import as_lazy, model_files, shared_storages, tie_by_con
 from ..state_tree import Leaf, examine
 from ..tensor import LazyTensor
 from ..torchfile import open_torch_file
+from ..trainer_optimizer import read_trainer_optimizer
 from ..training_file import read_training_file
 
 _THREADS = 8
@@ -84,14 +85,21 @@ def open_hf(root: Path, options: OpenOptions) -> Checkpoint:
         tied,
         {names[n]: c for n, c in replicas.items()},
     )
+    scalars: Mapping[str, Any]
     step, scalars, args = read_training_file(folder)
+    step = step if step is not None else trainer_step(folder)
+    states: Mapping[str, Mapping[str, LazyTensor]] = _optimizer(folder, lazies, notes)
+    if not states:
+        in_order = files.kind == "bin"
+        states, found = read_trainer_optimizer(folder, lazies, tied, in_order, step, notes)
+        scalars = scalars or found
     return Checkpoint(
         path=root,
         format="hf",
         version=_version(config),
         weights=lazies,
-        optimizer=_optimizer(folder, lazies, notes),
-        step=step if step is not None else trainer_step(folder),
+        optimizer=states,
+        step=step,
         scalars=scalars,
         config=config,
         args=_params(folder) if files.stem.startswith("consolidated") else args,
@@ -255,8 +263,6 @@ def _optimizer(
 ) -> dict[str, dict[str, LazyTensor]]:
     """Return the states in ``optimizer*.safetensors`` beside the model (``<state>.<weight>``)."""
     leaves = read_set(folder, "optimizer", notes)
-    if not leaves and (folder / "optimizer.pt").is_file():
-        notes.append("optimizer.pt is not read: it numbers its states, and names are not there")
     found: dict[str, dict[str, LazyTensor]] = {}
     for key, tensor in leaves.items():
         state, _, name = key.partition(".")
