@@ -137,7 +137,7 @@ def dotted(path: KeyPath) -> str:
 def examine(root: Tree) -> StateTree:
     """Find the container with most tensors, the optimizers, and the rest."""
     scan = _Scan()
-    scan.visit((), root)
+    scan.visit((), _apart(root))
     if not scan.candidates:
         return StateTree((), {}, {}, (), tuple(scan.optimizers), scan.leftovers(None))
     ranked = sorted(scan.candidates.items(), key=lambda kv: _worth(kv[0], kv[1]), reverse=True)
@@ -145,6 +145,20 @@ def examine(root: Tree) -> StateTree:
     opaque = {str(p[-1]): v for p, v in scan.values.items() if _belongs(p, path)}
     others = tuple((dotted(p), len(w)) for p, w in ranked[1:])
     return StateTree(path, weights, opaque, others, tuple(scan.optimizers), scan.leftovers(path))
+
+
+def _apart(root: Tree) -> Tree:
+    """Return the root with an optimizer that was flattened into it under a key of its own.
+
+    ``dcp.save({**model, **optimizer})`` of states flattened by torch's ``get_state_dict`` leaves
+    ``state.<weight>.exp_avg`` and ``param_groups.<weight>.lr`` beside the weights.
+    """
+    flat = {k for k in root if isinstance(k, str) and k.startswith(("state.", "param_groups."))}
+    kinds = {k.partition(".")[0] for k in flat}
+    if len(kinds) < 2 or "optimizer" in root:
+        return root
+    beside: dict[object, object] = {k: v for k, v in root.items() if k not in flat}
+    return {**beside, "optimizer": {k: v for k, v in root.items() if k in flat}}
 
 
 def _belongs(path: KeyPath, container: KeyPath | None) -> bool:

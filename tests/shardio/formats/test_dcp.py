@@ -32,6 +32,25 @@ CASES = [
 ]
 
 
+def test_an_optimizer_flattened_beside_the_weights(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    weights, states = get_state_dict(model, optimizer, options=options)
+    dcp.save({**weights, **states}, checkpoint_id=tmp_path / "c", no_dist=True)
+    found = open_checkpoint(tmp_path / "c")
+    assert set(found.weights) == {"weight", "bias"} and found.step == 1
+    for name, p in model.named_parameters():
+        got = found.optimizer["exp_avg"][name].read()
+        assert np.array_equal(got, optimizer.state[p]["exp_avg"].numpy())
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_equals_truth(fixtures_dir: Path, case: str) -> None:
     folder = fixtures_dir / "torch" / case
