@@ -38,11 +38,16 @@ def name_parameters(
             k for k, n in named.items() if n in lost
         ]
     numbers = _numbering(optimizer, keys)
-    for order in _orders(shapes, optimizer, numbers):
+    orders = list(_orders(shapes, optimizer))
+    for order in orders:
         if len(order) == len(numbers) and _fits(
             optimizer, dict(zip(numbers, order, strict=True)), shapes
         ):
             return dict(zip(numbers, order, strict=True)), []
+    for order in orders:
+        only = _only_choice(order, [_shape(optimizer, k) for k in numbers], shapes)
+        if only is not None:
+            return dict(zip(numbers, only, strict=True)), []
     return {}, keys
 
 
@@ -99,9 +104,7 @@ def _numbering(optimizer: OptimizerTree, keys: Sequence[object]) -> list[object]
     return numbers
 
 
-def _orders(
-    shapes: Shapes, optimizer: OptimizerTree, numbers: Sequence[object]
-) -> Iterator[list[str]]:
+def _orders(shapes: Shapes, optimizer: OptimizerTree) -> Iterator[list[str]]:
     """Candidate parameter orders: the model's, without buffers, and split by weight decay."""
     names = list(shapes)
     yield names
@@ -128,3 +131,36 @@ def _fits(optimizer: OptimizerTree, table: Mapping[object, str], shapes: Shapes)
                     return False
                 seen = True
     return seen
+
+
+def _shape(optimizer: OptimizerTree, key: object) -> tuple[int, ...] | None:
+    """The shape that all states of a parameter have; None where they differ or there are none."""
+    state = optimizer.states.get(key, {})
+    found = {v.shape for k, v in state.items() if is_tensor(v) and k != "step"}  # type: ignore[attr-defined]  # tensors
+    return found.pop() if len(found) == 1 else None
+
+
+def _only_choice(
+    order: Sequence[str], wanted: Sequence[tuple[int, ...] | None], shapes: Shapes
+) -> list[str] | None:
+    """Return the names that the optimizer has, among buffers and frozen weights that it has not.
+
+    Shapes must leave one choice: taking every name as early as possible and as late as possible has
+    to give the same names.
+    """
+    first = _take(order, wanted, shapes)
+    last = _take(order[::-1], wanted[::-1], shapes)
+    return first if first is not None and last is not None and first == last[::-1] else None
+
+
+def _take(
+    order: Sequence[str], wanted: Sequence[tuple[int, ...] | None], shapes: Shapes
+) -> list[str] | None:
+    names = iter(order)
+    taken = []
+    for shape in wanted:
+        name = next((n for n in names if shapes[n] == shape), None)
+        if name is None:
+            return None
+        taken.append(name)
+    return taken
