@@ -127,10 +127,14 @@ def saved_args(run: Run, rank: int, ckpt_format: str) -> Instance:
     for key in _TYPES & set(args):
         if isinstance(args[key], str):
             args[key] = dtypes.parse(args[key])
+    if args.get("layernorm_epsilon") is not None:  # the name of newer releases
+        args.setdefault("norm_epsilon", args["layernorm_epsilon"])
     defaults = {
         "seq_length": args.get("max_position_embeddings"),
         "tokenizer_type": "HuggingFaceTokenizer",
         "add_position_embedding": True,
+        "sequence_parallel": False,  # Megatron's own converter asks for these two
+        "apply_query_key_layer_scaling": False,
         "consumed_train_samples": 0,
         "consumed_valid_samples": 0,
         "skipped_train_samples": 0,

@@ -33,8 +33,9 @@ def resume(model: Path, checkpoint: Path, first: int, last: int, *, forget: bool
     import deepspeed
     import torch.distributed as dist
     import transformers
-    from tiny_training import _forget, mean_loss
+    from tiny_training import _forget, mean_loss, no_compiling
 
+    no_compiling()
     config = transformers.AutoConfig.from_pretrained(model)
     net = transformers.AutoModelForCausalLM.from_config(config)
     groups = [
@@ -71,9 +72,10 @@ def main() -> None:
     """Resume twice: as it should be, and with zeroed moments."""
     model, checkpoint, first, last, out = sys.argv[1:]
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed  # noqa: F401  # once, before the ranks are forked
-    from tiny_training import forked
+    import transformers.models.llama.modeling_llama  # noqa: F401
+    from tiny_training import forked, preload
 
+    preload()
     found = {}
     for key in ("resumed", "control"):
         with socket.socket() as s:

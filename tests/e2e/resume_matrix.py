@@ -20,9 +20,8 @@ from pathlib import Path
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 sys.path.insert(0, str(Path(__file__).parent))
 
-import torch
 from mconv import Layout, reshard
-from tiny_training import forked, run_deepspeed, run_fsdp
+from tiny_training import forked, preload, run_deepspeed, run_fsdp
 
 MIDDLE, END = 4, 8
 
@@ -113,9 +112,7 @@ def run_case(name: str, work: Path) -> dict[str, list[float]]:
 
 def main() -> None:
     out, *names = sys.argv[1:]
-    import deepspeed  # noqa: F401  # once, before the ranks are forked
-
-    torch.set_num_threads(1)
+    preload()
     results = {}
     for name in names or CASES:
         with tempfile.TemporaryDirectory() as work:

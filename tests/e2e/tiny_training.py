@@ -135,6 +135,17 @@ def mean_loss(loss: torch.Tensor, group: Any = None) -> float:
     return float(total) / dist.get_world_size(group)
 
 
+def no_compiling() -> None:
+    """Keep DeepSpeed from compiling its shared-memory collectives for the CPU.
+
+    That takes a minute or more, and waits for ever where a killed build left its lock behind. It
+    says on import what the machine can compile, and asks that before it does; gloo goes without.
+    """
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def run_deepspeed(
     *,
     stage: int,
@@ -153,6 +164,7 @@ def run_deepspeed(
     """Train steps ``first`` to ``last``; returns their losses."""
     import deepspeed
 
+    no_compiling()
     model = make_model(0 if load is None else 7, tied=tied)
     optimizer = torch.optim.AdamW(groups(model, count), foreach=False)
     config: dict[str, Any] = {
@@ -282,10 +294,22 @@ def _tensor_parallel(model: Tiny, mesh: Any) -> None:
     )
 
 
+def preload() -> None:
+    """Import before forking what the frameworks would import in every rank: most of its time."""
+    import deepspeed.module_inject  # noqa: F401
+    import torch._dynamo
+    import torch._inductor.compile_fx
+    import torch.distributed.checkpoint
+    import torch.distributed.fsdp
+    import torch.distributed.tensor.parallel
+
+    torch.set_num_threads(1)
+
+
 def forked(world: int, job: Callable[[], list[float]], port: int) -> list[float]:
     """Run a job on ``world`` forked ranks; returns what rank 0 returned.
 
-    Forking saves importing the frameworks again in every rank.
+    Forking saves importing the frameworks again in every rank, after ``preload``.
     """
     import multiprocessing
 

@@ -317,6 +317,13 @@ def test_bare_weights_are_a_release(tmp_path: Path) -> None:
         assert open_checkpoint(tmp_path / format).path.name == "release"
 
 
+def test_settings_that_megatrons_converter_asks_for(tmp_path: Path) -> None:
+    reshard(make(llama(), trained=False), tmp_path / "out", Layout("megatron", tp=2))
+    args = open_checkpoint(tmp_path / "out").args
+    assert args["sequence_parallel"] is args["apply_query_key_layer_scaling"] is False
+    assert args["norm_epsilon"] == args["layernorm_epsilon"] == llama()["rms_norm_eps"]
+
+
 # -- layouts that cannot be -----------------------------------------------------------------------
 
 
