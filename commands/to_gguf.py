@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import ConfigError, UnsupportedError
+from ..errors import ConfigError, UnsupportedError, counted
 from .options import (
     human,
     limits,
@@ -44,7 +44,8 @@ def _refuse_images(ctx: click.Context, param: click.Parameter, value: bool) -> N
     "kind",
     default="f16",
     show_default=True,
-    help="f32, f16, bf16, q8_0, auto, or any mix of `mconv quantize`; several with commas.",
+    help="f32, f16, bf16, q8_0, auto, keep (quantized weights keep their bits where a type holds "
+    "them), or any mix of `mconv quantize`; several with commas.",
 )
 @click.option("--name", help="Model name in the metadata (default: from its folder).")
 @click.option(
@@ -175,8 +176,8 @@ def _show(
         name = one.target.with_name(one.files[0])
         rest = f" and {len(one.files) - 1} more" if len(one.files) > 1 else ""
         click.echo(
-            f"{verb} {name}{rest}: {one.architecture} {one.type}, {len(one.tensors)} tensors, "
-            f"{human(one.nbytes)} in {seconds:.1f} s"
+            f"{verb} {name}{rest}: {one.architecture} {one.type}, "
+            f"{counted(len(one.tensors), 'tensor')}, {human(one.nbytes)} in {seconds:.1f} s"
         )
         show_errors(one.tensors)
 
@@ -192,5 +193,14 @@ def _as_json(report: GgufReport) -> dict[str, Any]:
             for t in report.tensors
         ],
         "warnings": report.warnings,
+        "kept": _kept_json(report),
         "files": report.files,
     }
+
+
+def _kept_json(report: GgufReport) -> dict[str, Any]:
+    """Return how many quantized tensors keep their bits, by type, and why others do not."""
+    kept = report.kept
+    types = kept.types if kept is not None else {}
+    decoded = kept.decoded if kept is not None else ()
+    return {"types": types, "decoded": [{"name": name, "why": why} for name, why in decoded]}

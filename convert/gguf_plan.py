@@ -25,6 +25,7 @@ from .gguf import TensorSpec
 from .gguf.files import OutTensor
 from .gguf.tensors import BlockTensor
 from .imatrix import ImportanceMatrix
+from .kept import Keep, Kept, keeping, stored_anyway
 from .quant_plan import (
     ORDINARY,
     Care,
@@ -37,9 +38,6 @@ from .quant_plan import (
 
 #: Output types that need no recipe, with their ``general.file_type``.
 FILE_TYPES: Mapping[str, int] = {"F32": 0, "F16": 1, "BF16": 32, "Q8_0": 7}
-
-#: ``general.file_type`` of 16-bit and F32 files whose experts stay in MXFP4.
-MXFP4_FILE_TYPE = 38
 
 _FLOAT32 = np.dtype(np.float32)
 _FLOAT16 = np.dtype(np.float16)
@@ -65,17 +63,24 @@ class PlannedTensor:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """One planned output: its type's name, what to write, and the mix, if it is one."""
+    """One planned output: its type's name, what to write, and the mix, if it is one.
+
+    ``mapped`` are the tensors it is made of; ``kept`` says what became of quantized weights.
+    """
 
     type: str
     tensors: list[PlannedTensor]
     out: list[OutTensor]
     mix: TargetPlan | None = None
     warnings: tuple[str, ...] = ()
+    mapped: Sequence[MappedTensor] = ()
+    kept: Kept | None = None
 
 
-def parse_types(text: str, tensors: Sequence[MappedTensor]) -> list[GgmlType | Target]:
+def parse_types(text: str, tensors: Sequence[MappedTensor]) -> list[GgmlType | Target | Keep]:
     """Return the types asked for, separated by commas; ``auto`` is that of the weights.
+
+    ``keep`` keeps the bits of quantized weights; the others get the type of ``auto``.
 
     Raises:
         ConfigError: not a type this writes.
@@ -84,14 +89,21 @@ def parse_types(text: str, tensors: Sequence[MappedTensor]) -> list[GgmlType | T
     return [_parse_type(name, tensors) for name in names]
 
 
-def _parse_type(name: str, tensors: Sequence[MappedTensor]) -> GgmlType | Target:
+def _parse_type(name: str, tensors: Sequence[MappedTensor]) -> GgmlType | Target | Keep:
     if name == "AUTO":
         return native_type(tensors)
+    if name == Keep.KEEP.name:
+        return Keep.KEEP
     if name in FILE_TYPES:
         return type_by_name(name)
     found = TARGETS.get(ALIASES.get(name, name))
     if found is None or found.copies:
-        known = [*FILE_TYPES, "AUTO", *(t for t in (*TARGETS, *ALIASES) if t not in FILE_TYPES)]
+        known = [
+            *FILE_TYPES,
+            "AUTO",
+            "KEEP",
+            *(t for t in (*TARGETS, *ALIASES) if t not in FILE_TYPES),
+        ]
         known.remove("COPY")
         raise ConfigError(
             f"unknown output type {name.lower()!r}{did_you_mean(name, known).lower()}; "
@@ -110,7 +122,7 @@ def native_type(tensors: Sequence[MappedTensor]) -> GgmlType:
 
 def plan_outputs(
     mapped: Sequence[MappedTensor],
-    types: Sequence[GgmlType | Target],
+    types: Sequence[GgmlType | Target | Keep],
     facts: ModelFacts,
     recipe: RecipeOptions,
     matrix: ImportanceMatrix | None,
@@ -133,11 +145,13 @@ def plan_outputs(
     changed = recipe != RecipeOptions() or matrix is not None
     wanted = [
         parse_target(t.name)
-        if changed or (care != ORDINARY and isinstance(t, GgmlType) and t.is_quantized)
+        if (changed and not isinstance(t, Keep))
+        or (care != ORDINARY and isinstance(t, GgmlType) and t.is_quantized)
         else t
         for t in types
     ]
     native = native_type(mapped)
+    anyway = stored_anyway(mapped)
     sources = [
         SourceTensor(m.name, m.name, _choose(m, native), m.tensor, _blocks(m)) for m in mapped
     ]
@@ -149,11 +163,16 @@ def plan_outputs(
     plans = iter(planned)
     outputs = []
     for kind in wanted:
-        if isinstance(kind, Target):
+        if isinstance(kind, Keep):
+            own, kept = keeping(mapped)
+            [made] = plan_outputs(own, [native], facts, recipe, matrix, care)
+            outputs.append(replace(made, type=kind.name, kept=kept))
+        elif isinstance(kind, Target):
             plan = next(plans)
-            outputs.append(_mixed(plan, mapped, plan_warnings([plan], sources, matrix)))
+            made = _mixed(plan, mapped, plan_warnings([plan], sources, matrix))
+            outputs.append(replace(made, mapped=mapped, kept=anyway))
         else:
-            outputs.append(_plain(mapped, kind))
+            outputs.append(replace(_plain(mapped, kind), mapped=mapped, kept=anyway))
     return outputs
 
 

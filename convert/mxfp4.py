@@ -1,8 +1,9 @@
-"""MXFP4 as Hugging Face stores it (gpt-oss) and as ggml does: the same numbers, bytes rearranged.
+"""MXFP4 and NVFP4 as Hugging Face stores them and as ggml does: the same numbers, bytes rearranged.
 
 32 values share one exponent byte. Hugging Face keeps the 16 bytes of a block in ``*_blocks``, value
 2i in the low half of byte i, and the exponents in ``*_scales``; ggml puts the exponent first and
-value i and i + 16 into byte i (OCP Microscaling formats; ggml's ``block_mxfp4``).
+value i and i + 16 into byte i (OCP Microscaling formats; ggml's ``block_mxfp4``). NVFP4 has an FP8
+scale per 16 values; ggml joins four of these: their scales, then 8 bytes each (``block_nvfp4``).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..errors import FormatError
 from ..quant import type_by_name
 from ..shardio.box import Box, extent
 from ..shardio.tensor import LazyTensor, concat
@@ -48,8 +50,9 @@ class _Block(LazyTensor):
 
 
 def _to_ggml(data: np.ndarray) -> np.ndarray:
-    values = np.stack([data & 15, data >> 4], -1).reshape(*data.shape[:-1], 2 * _BYTES)
-    return values[..., :_BYTES] | values[..., _BYTES:] << 4
+    values = np.stack([data & 15, data >> 4], -1).reshape(*data.shape[:-1], -1)
+    half = data.shape[-1]
+    return values[..., :half] | values[..., half:] << 4
 
 
 def _from_ggml(data: np.ndarray) -> np.ndarray:
@@ -76,6 +79,27 @@ def pack_mxfp4(blocks: LazyTensor, scales: LazyTensor) -> BlockTensor:
     joined = concat([scales.reshape((*scales.shape, 1)), _Block(blocks, _to_ggml)], scales.ndim)
     rows = joined.reshape((*scales.shape[:-1], scales.shape[-1] * (_BYTES + 1)))
     return BlockTensor(rows, type_by_name("MXFP4"))
+
+
+def pack_nvfp4(packed: LazyTensor, scales: LazyTensor, name: str) -> BlockTensor:
+    """Return a matrix of ggml's blocks, without the factor of the whole tensor.
+
+    Args:
+        packed: uint8 [rows, columns / 2], columns a multiple of 64.
+        scales: uint8 [rows, columns / 16], the bits of positive E4M3 numbers.
+        name: for the message when they are not, on reading.
+    """
+    rows, groups = scales.shape
+
+    def positive(data: np.ndarray) -> np.ndarray:
+        if (data >= 0x7F).any():
+            raise FormatError(f"{name}: NVFP4 scales are negative or NaN: the file is damaged")
+        return data
+
+    halves = _Block(packed.reshape((rows, groups, 8)), _to_ggml)
+    view = (rows, groups // 4, 4)
+    joined = concat([scales.map(positive).reshape(view), halves.reshape((*view[:2], 32))], 2)
+    return BlockTensor(joined.reshape((rows, groups * 9)), type_by_name("NVFP4"))
 
 
 def unpack_mxfp4(rows: LazyTensor) -> tuple[LazyTensor, LazyTensor]:

@@ -17,7 +17,7 @@ from typing import Any
 from ..errors import ConfigError, MconvError
 from ..shardio import Checkpoint, from_array
 from ..shardio.assets import find_assets
-from ..shardio.dequant import dequantized
+from ..shardio.dequant import DECODED, dequantized
 from ..shardio.payload import BytesPayload
 from ..shardio.staging import fingerprint, write_loose
 from ..shardio.stream import Limits, OutFile, Progress
@@ -40,7 +40,6 @@ from .gguf.settings import apply_settings
 from .gguf.values import u32
 from .gguf_plan import (
     FILE_TYPES,
-    MXFP4_FILE_TYPE,
     Output,
     PlannedTensor,
     native_type,
@@ -48,6 +47,7 @@ from .gguf_plan import (
     plan_outputs,
 )
 from .imatrix import ImportanceMatrix
+from .kept import Keep, Kept, kept_file_type, main_type, own_formats
 from .pooling import sentence_pooling
 from .prepare import prepare
 from .quant_plan import Care
@@ -73,6 +73,7 @@ class GgufReport:
         warnings: what a user should know.
         files: the files' names.
         more: the reports of the other types, when several were asked for.
+        kept: what became of weights that come quantized.
     """
 
     target: Path
@@ -84,6 +85,7 @@ class GgufReport:
     warnings: tuple[str, ...]
     files: tuple[str, ...] = ()
     more: tuple[GgufReport, ...] = ()
+    kept: Kept | None = None
 
 
 def to_gguf(
@@ -114,8 +116,9 @@ def to_gguf(
         src, config: an opened checkpoint or its path; config.json or folder if it has none.
         out: the file to write; for several types see ``mconv.convert.quantize.output_names``. In a
             folder the file is named by GGUF's naming convention.
-        type: ``f32``, ``f16``, ``bf16``, ``q8_0``, ``auto`` (the weights' own 16-bit type), a mix
-            such as ``q4_k_m``, or several of these with commas, all made in one pass.
+        type: ``f32``, ``f16``, ``bf16``, ``q8_0``, ``auto`` (the weights' own 16-bit type),
+            ``keep`` (quantized weights keep their bits where a type holds them exactly, others as
+            in ``auto``), a mix such as ``q4_k_m``, or several with commas, all made in one pass.
         tokenizer: folder with the tokenizer; by default the checkpoint's own.
         name: the model's name in the metadata; by default from its folder or model card.
         pre: llama.cpp's name of the pre-tokenizer, instead of the recognized one.
@@ -213,10 +216,17 @@ def _names(
         if vocab_only:
             return out, [f"{naming(metadata, '', 'vocab')}.gguf" for metadata in every]
         pairs = zip(every, outputs, strict=True)
-        return out, [f"{naming(metadata, one.type)}.gguf" for metadata, one in pairs]
+        return out, [f"{naming(metadata, _label(one))}.gguf" for metadata, one in pairs]
     if len(outputs) > 1 or "{type}" in out.name:
         return output_names("", out, [one.type for one in outputs])
     return out.parent, [out.name]
+
+
+def _label(output: Output) -> str:
+    """Return what a file name calls an output's type."""
+    if output.type != Keep.KEEP.name:
+        return output.type
+    return main_type(output.mapped, native_type(output.mapped).name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,9 +289,10 @@ class _Model:
         """The converter's entries, changed as llama-quantize does for a mix."""
         target = output.mix.target if output.mix is not None else None
         native = native_type(self.mapped).name
-        file_type = FILE_TYPES[output.type if target is None else native]
-        if any(m.stored is not None for m in self.mapped) and file_type != FILE_TYPES["Q8_0"]:
-            file_type = MXFP4_FILE_TYPE
+        keep = output.type == Keep.KEEP.name
+        file_type = FILE_TYPES[output.type if target is None and not keep else native]
+        if keep or file_type != FILE_TYPES["Q8_0"]:
+            file_type = kept_file_type(output.mapped, file_type)
         entries = self.entries(file_type)
         if target is not None:
             entries = quantized_metadata(entries, target, options.override_kv, matrix)
@@ -323,9 +334,16 @@ class _Model:
             nbytes=sum(f.size for f in files),
             tensors=output.tensors,
             metadata=metadata,
-            warnings=(*self.ckpt.warnings, *output.warnings, *notes),
+            warnings=(*_told(self.ckpt, output.kept), *output.warnings, *notes),
             files=tuple(f.name for f in files),
+            kept=output.kept,
         )
+
+
+def _told(ckpt: Checkpoint, kept: Kept | None) -> tuple[str, ...]:
+    """The checkpoint's warnings, and what was kept in place of that all is decoded."""
+    lines = kept.lines() if kept is not None else ()
+    return (*(text for text in ckpt.warnings if not (lines and DECODED in text)), *lines)
 
 
 def _without_weights(src: Checkpoint | str | Path, config: str | Path | None) -> Checkpoint:
@@ -375,4 +393,4 @@ def _tensors(
         values = one.build(config)
         if values is not None:
             extra.append(MappedTensor(one.gguf, "(computed)", from_array(values), True))
-    return extra + map_tensors(architecture, config, ckpt.weights, ckpt.tied)
+    return extra + own_formats(map_tensors(architecture, config, ckpt.weights, ckpt.tied))

@@ -7,10 +7,12 @@ of a weight is read.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from ...errors import ConfigError, did_you_mean
+from ...shardio.dequant import Coded
 from ...shardio.tensor import LazyTensor
 from ..gguf.tensors import BlockTensor
 from ._config import layer_count
@@ -41,6 +43,8 @@ class MappedTensor:
         tensor: its (lazy) values.
         keep_f32: stored as F32 whatever type is asked for.
         stored: the blocks it comes in, which are taken as they are; None for plain values.
+        coded: the quantized weights it is made of, if it is made of their whole rows.
+        move: what was done to these rows, for their blocks.
     """
 
     name: str
@@ -48,6 +52,8 @@ class MappedTensor:
     tensor: LazyTensor
     keep_f32: bool
     stored: BlockTensor | None = None
+    coded: tuple[Coded, ...] = ()
+    move: Callable[[Sequence[LazyTensor]], LazyTensor] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,10 +137,25 @@ def mapped_tensors(architecture: Architecture, config: Config, match: Match) -> 
             made = TRANSFORMS[how].apply(parts, sizes)
         except ValueError as error:
             raise ConfigError(f"tensor {line.title}: {error}") from error
-        for name, tensor in zip(line.outputs, made, strict=True):
+        coded = _coded(parts) if TRANSFORMS[how].moves_rows else ()
+        for k, (name, tensor) in enumerate(zip(line.outputs, made, strict=True)):
             blocks = tensor if isinstance(tensor, BlockTensor) else None
-            out.append(MappedTensor(name, line.title, tensor, line.rule.keep_f32, blocks))
+            move = partial(_moved, how, sizes, k) if coded else None
+            out.append(
+                MappedTensor(name, line.title, tensor, line.rule.keep_f32, blocks, coded, move)
+            )
     return out
+
+
+def _coded(parts: Sequence[LazyTensor]) -> tuple[Coded, ...]:
+    """The parts, if all of them are quantized."""
+    coded = tuple(part for part in parts if isinstance(part, Coded))
+    return coded if len(coded) == len(parts) else ()
+
+
+def _moved(how: str, sizes: Mapping[str, int], k: int, parts: Sequence[LazyTensor]) -> LazyTensor:
+    transform = TRANSFORMS[how]
+    return parts[k] if transform.changes_values else transform.apply(parts, sizes)[k]
 
 
 def stacking(hf: str) -> str:

@@ -13,6 +13,7 @@ from threading import Lock
 import numpy as np
 
 from ...shardio.box import Box, extent
+from ...shardio.dequant import Coded
 from ...shardio.tensor import LazyTensor
 
 _PIECE = 1 << 20  # elements
@@ -62,6 +63,11 @@ class Ternary(LazyTensor):
 
 
 def ternary(tensor: LazyTensor) -> LazyTensor:
-    """Return the weights as used, in half precision where they are, else in float32."""
+    """Return the weights as used, in half precision where they are, else in float32.
+
+    Weights that are stored in three values already stay: zeros would lower their mean magnitude.
+    """
+    if isinstance(tensor, Coded):
+        return tensor
     half = np.dtype(np.float16)
     return Ternary(tensor.cast(half if tensor.dtype == half else np.dtype(np.float32)))

@@ -48,11 +48,13 @@ class Transform:
         apply: Hugging Face tensors to GGUF tensors.
         undo: the other way.
         changes_values: does more than move elements.
+        moves_rows: moves whole rows (the last dim) only, so it may be done to their blocks.
     """
 
     apply: Step
     undo: Step
     changes_values: bool = False
+    moves_rows: bool = False
 
 
 def _same(tensors: Tensors, sizes: Sizes) -> list[LazyTensor]:
@@ -63,6 +65,7 @@ def _pairs(name: str) -> Transform:
     return Transform(
         lambda tensors, sizes: [interleave(t, sizes[name]) for t in tensors],
         lambda tensors, sizes: [deinterleave(t, sizes[name]) for t in tensors],
+        moves_rows=True,
     )
 
 
@@ -70,6 +73,7 @@ def _stacks(name: str) -> Transform:
     return Transform(
         lambda tensors, sizes: [stack_experts(tensors)],
         lambda tensors, sizes: unstack_experts(tensors[0], sizes[name]),
+        moves_rows=True,
     )
 
 
@@ -197,7 +201,7 @@ def _shift(tensors: Tensors, delta: int) -> list[LazyTensor]:
 
 #: name -> transform. Directions: Hugging Face to GGUF.
 TRANSFORMS: Mapping[str, Transform] = {
-    "": Transform(_same, _same),
+    "": Transform(_same, _same, moves_rows=True),
     # rotary halves -> adjacent rotary pairs, for llama.cpp's NORM kind of rope
     "permute_q": _pairs("heads"),
     "permute_k": _pairs("kv_heads"),
@@ -216,6 +220,7 @@ TRANSFORMS: Mapping[str, Transform] = {
     "split_gate_up": Transform(
         lambda tensors, sizes: halves(tensors[0], -2),
         lambda tensors, sizes: [_join(tensors, -2)],
+        moves_rows=True,
     ),
     # [..., in, gate | up] -> gate, up
     "transpose_split_gate_up": Transform(
@@ -236,14 +241,15 @@ TRANSFORMS: Mapping[str, Transform] = {
     "mxfp4": Transform(_pack_mxfp4, _unpack_mxfp4),
     "mxfp4_alternating_gate_up": Transform(_pack_gate_up, _unpack_gate_up),
     # rows [q*r, k, v] per query group -> [q | k | v]
-    "ungroup_qkv": Transform(_ungroup, _group),
+    "ungroup_qkv": Transform(_ungroup, _group, moves_rows=True),
     # latent attention: the up-projection of keys and values -> keys, values
     "split_kv_b": Transform(_split_kv_b, _join_kv_b),
     # q|k|v to q, k, v with adjacent rotary pairs; the same for query groups
-    "split_qkv_pairs": Transform(_split_pairs, _join_pairs),
+    "split_qkv_pairs": Transform(_split_pairs, _join_pairs, moves_rows=True),
     "ungroup_qkv_pairs": Transform(
         lambda tensors, sizes: _split_pairs(_ungroup(tensors, sizes), sizes),
         lambda tensors, sizes: _group(_join_pairs(tensors, sizes), sizes),
+        moves_rows=True,
     ),
     # state spaces
     "negative_exp": Transform(state.negative_exp, state.negative_log, changes_values=True),
@@ -256,9 +262,11 @@ TRANSFORMS: Mapping[str, Transform] = {
     "squeeze": Transform(state.squeeze, state.unsqueeze),
     "by_group": Transform(state.by_group, state.flat),
     # linear attention: value heads in the order in which key heads are repeated
-    "tiled_values": Transform(state.tiled_values(), state.tiled_values(back=True)),
-    "tiled_heads": Transform(state.tiled("value_head"), state.tiled("value_head", back=True)),
-    "tiled": Transform(state.tiled(""), state.tiled("", back=True)),
+    "tiled_values": Transform(state.tiled_values(), state.tiled_values(back=True), moves_rows=True),
+    "tiled_heads": Transform(
+        state.tiled("value_head"), state.tiled("value_head", back=True), moves_rows=True
+    ),
+    "tiled": Transform(state.tiled(""), state.tiled("", back=True), moves_rows=True),
     "tiled_columns": Transform(
         state.tiled("value_head", 1), state.tiled("value_head", 1, back=True)
     ),
@@ -278,7 +286,10 @@ TRANSFORMS: Mapping[str, Transform] = {
     "split_qkvz": Transform(state.split_qkvz, state.join_qkvz),
     # weights that are -1, 0 or 1 times their mean magnitude
     "ternary": Transform(
-        lambda tensors, sizes: [ternary(t) for t in tensors], _same, changes_values=True
+        lambda tensors, sizes: [ternary(t) for t in tensors],
+        _same,
+        changes_values=True,
+        moves_rows=True,
     ),
     # norm weights that the model stores minus one
     "plus_one": Transform(

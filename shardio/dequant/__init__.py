@@ -17,12 +17,17 @@ from ...errors import ConfigError, FormatError
 from .. import dtypes
 from ..checkpoint import Checkpoint
 from ..tensor import LazyTensor
+from .bitnet import bitnet
 from .bnb import four_bit
-from .fp4 import mxfp4, nvfp4
+from .coded import Coded, Codes, Floats, Integers
+from .fp4 import mxfp4, nvfp4, packed_mxfp4
 from .packed import awq, gptq, pack_quantized
 from .scaled import scaled
 
-__all__ = ["dequantized"]
+__all__ = ["DECODED", "Coded", "Codes", "Floats", "Integers", "dequantized"]
+
+#: How the warning begins, after a number, that says that weights are decoded.
+DECODED = " tensors are dequantized ("
 
 _BF16 = np.dtype(ml_dtypes.bfloat16)
 _FP8 = tuple(np.dtype(t) for t in (ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2))
@@ -34,6 +39,8 @@ _SIDE = (
 _ACTIVATIONS = ("input_scale", "input_global_scale", "k_scale", "v_scale", "output_scale",
                 "weight_format", "activation_scale")  # fmt: skip
 _BNB = ".weight."
+_INPUT = "input_scale"
+_INT8 = -128, 127
 
 Parts = dict[str, LazyTensor]
 
@@ -55,14 +62,15 @@ def dequantized(ckpt: Checkpoint) -> Checkpoint:
         if tensor is not None:
             weights[f"{module}.weight"] = tensor
             continue
-        weights |= {f"{module}.{part}": t for part, t in parts.items()}
+        parts.pop(_INPUT, None)
+        weights |= {f"{module}.{part or 'weight'}": t for part, t in parts.items()}
     weights, experts = _expert_blocks(weights, dtype)
     count = len(modules) + experts
     if not count:
         return ckpt
     config = {k: v for k, v in ckpt.config.items() if k != "quantization_config"}
     method = settings.get("quant_method")
-    notes = [f"{count} tensors are dequantized ({method}) to {dtype.name} as they are read"]
+    notes = [f"{count}{DECODED}{method}) to {dtype.name} as they are read"]
     if dropped:
         notes.append(f"{dropped} scales of activations are left out")
     copies = {n: c for n, c in ckpt.replicas.items() if ckpt.weights.get(n) is weights.get(n)}
@@ -100,6 +108,8 @@ def _grouped(
             modules[module][""] = tensor
         elif part in _ACTIVATIONS:
             dropped += 1
+            if module in modules and part in (_INPUT, "input_global_scale"):
+                modules[module][_INPUT] = tensor
         else:
             weights[name] = tensor
     return modules, weights, dropped
@@ -110,6 +120,7 @@ def _decode(
 ) -> LazyTensor | None:
     """Return the plain weight; None where the parts are nothing that is known."""
     name = f"{module}.weight"
+    method = settings.get("quant_method")
     try:
         if "qweight" in parts:
             return _words(name, parts, settings, dtype)
@@ -122,19 +133,25 @@ def _decode(
             raise FormatError(f"{name}: is missing, but {', '.join(parts)} are there")
         if "SCB" in parts and weight.dtype == np.int8:
             scale = parts["SCB"].cast(np.dtype(np.float32)).map(lambda x: x / np.float32(127))
-            return scaled(name, weight, scale, dtype)
+            return scaled(name, weight, scale, dtype, levels=_INT8)
         if "weight_scale_2" in parts and weight.dtype == np.uint8:
             scale, factor = parts["weight_scale"], parts["weight_scale_2"]
-            return nvfp4(name, weight, scale, factor, dtype, divide=False)
+            return nvfp4(
+                name, weight, scale, factor, dtype, divide=False, input_factor=parts.get(_INPUT)
+            )
         found = parts.get("weight_scale_inv", parts.get("weight_scale"))
+        if found is not None and weight.dtype == np.uint8 and method == "bitnet":
+            divide = settings.get("linear_class") != "autobitlinear"
+            return bitnet(name, weight, found, dtype, divide=divide)
         if found is None or weight.dtype not in (*_FP8, np.dtype(np.int8)):
             return None
         scale = found
         block = _block_size(settings) if "weight_scale_inv" in parts else None
         zero = parts.get("weight_zero_point")
         return scaled(
-            name, weight, scale, dtype, block=block if scale.size > 1 else None, zero=zero
-        )
+            name, weight, scale, dtype, block=block if scale.size > 1 else None, zero=zero,
+            levels=_INT8 if weight.dtype == np.int8 else None,
+        )  # fmt: skip
     except KeyError as e:
         raise FormatError(f"{name}: {e.args[0]} is missing") from e
 
@@ -166,8 +183,11 @@ def _compressed(
 ) -> LazyTensor:
     packed = parts["weight_packed"]
     if packed.dtype == np.uint8:
-        factor = parts["weight_global_scale"]
-        return nvfp4(name, packed, parts["weight_scale"], factor, dtype, divide=True)
+        scale = parts["weight_scale"]
+        if scale.dtype == np.uint8:
+            return packed_mxfp4(name, packed, scale, dtype)
+        factor, of_input = parts["weight_global_scale"], parts.get(_INPUT)
+        return nvfp4(name, packed, scale, factor, dtype, divide=True, input_factor=of_input)
     groups = settings.get("config_groups")
     first: object = next(iter(groups.values()), None) if isinstance(groups, Mapping) else None
     weights = first.get("weights") if isinstance(first, Mapping) else None

@@ -11,6 +11,7 @@ import numpy as np
 
 from ...errors import FormatError
 from ..tensor import LazyTensor
+from .coded import Coded, Floats
 from .node import F32, Decoded, region, rows_of
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
@@ -87,12 +88,14 @@ def nvfp4(
     dtype: np.dtype,
     *,
     divide: bool,
+    input_factor: LazyTensor | None = None,
 ) -> LazyTensor:
     """Return the weight of packed bytes [rows, columns / 2].
 
     Args:
         scale: FP8 [rows, columns / 16].
         factor: the tensor's own scale; the values are divided by it where ``divide`` says so.
+        input_factor: that of the layer's input, where there is one.
 
     Raises:
         FormatError: shapes that do not fit.
@@ -100,4 +103,31 @@ def nvfp4(
     fits = packed.ndim == scale.ndim == 2 and factor.size == 1
     if not fits or scale.shape != (packed.shape[0], packed.shape[1] // 8) or packed.shape[1] % 8:
         raise FormatError(f"{name}: NVFP4 {list(packed.shape)} and scales {list(scale.shape)}")
-    return Nvfp4((packed, scale, factor.reshape((1,))), dtype, divide=divide)
+    factor = factor.reshape((1,))
+    whole = [None if f is None else _multiplier(f, divide=divide) for f in (factor, input_factor)]
+    codes = Floats("NVFP4", packed, scale.map(_bits, np.dtype(np.uint8)), *whole)
+    return Coded(Nvfp4((packed, scale, factor), dtype, divide=divide), codes)
+
+
+def _bits(scale: np.ndarray) -> np.ndarray:
+    return scale.view(np.uint8)
+
+
+def _multiplier(factor: LazyTensor, *, divide: bool) -> LazyTensor:
+    whole = factor.reshape((factor.size,)).cast(F32)
+    return whole.map(lambda x: np.float32(1) / x) if divide else whole
+
+
+def packed_mxfp4(name: str, packed: LazyTensor, scale: LazyTensor, dtype: np.dtype) -> LazyTensor:
+    """Return the weight of packed bytes [rows, columns / 2] and exponents [rows, columns / 32].
+
+    Raises:
+        FormatError: shapes that do not fit.
+    """
+    fits = packed.ndim == scale.ndim == 2 and packed.shape == (scale.shape[0], scale.shape[1] * 16)
+    if not fits or scale.dtype != np.uint8:
+        raise FormatError(
+            f"{name}: MXFP4 {list(packed.shape)} and scales {list(scale.shape)} {scale.dtype}"
+        )
+    blocks = packed.reshape((*scale.shape, 16))
+    return Coded(Mxfp4(blocks, scale, dtype), Floats("MXFP4", packed, scale))

@@ -13,6 +13,7 @@ import numpy as np
 
 from ...errors import FormatError
 from ..tensor import LazyTensor
+from .coded import Coded, Integers
 from .node import F32, Decoded, region, rows_of
 from .scaled import scaled
 
@@ -31,6 +32,25 @@ def unstream(words: np.ndarray, bits: int) -> np.ndarray:
             value = value | (period[:, word + 1] << np.uint32(32 - shift))
         out[:, k] = value & np.uint32((1 << bits) - 1)
     return out.reshape((-1, *wide.shape[1:]))
+
+
+class _Zeros(Decoded):
+    """Zeros [groups, outputs], packed along the outputs: a stream of bits, or AWQ's order."""
+
+    __slots__ = ("_bits", "_shift")
+
+    def __init__(self, qzeros: LazyTensor, bits: int, shift: int, *, awq: bool = False) -> None:
+        shape = (qzeros.shape[0], qzeros.shape[1] * 32 // bits)
+        super().__init__(shape, F32, (qzeros,), unit=(1, 8 if awq else 32))
+        self._bits, self._shift = 0 if awq else bits, shift
+
+    def decode(self, top: int, bottom: int, left: int, right: int) -> np.ndarray:
+        """Decode a region."""
+        bits = self._bits or 4
+        packed = region(self._parts[0], top, bottom, left * bits // 32, right * bits // 32)
+        if not self._bits:
+            return _unawq(packed).astype(F32)
+        return unstream(packed.T.copy(), bits).T.astype(F32) + self._shift
 
 
 class Gptq(Decoded):
@@ -93,7 +113,12 @@ def gptq(
             f"{list(qzeros.shape)}, scales {list(scales.shape)} do not fit each other"
         )
     held = (qweight, qzeros, scales) if order is None else (qweight, qzeros, scales, order)
-    return Gptq(held, dtype, bits, group, 0 if v2 else 1).permute((1, 0))
+    shift = 0 if v2 else 1
+    exact, values = (Gptq(held, d, bits, group, shift).permute((1, 0)) for d in (F32, dtype))
+    zero = _Zeros(qzeros, bits, shift).permute((1, 0))
+    scale = scales.permute((1, 0))
+    high = (1 << bits) - 1
+    return Coded(values, Integers(exact, scale, (1, group), 0, high, zero, order))
 
 
 class Awq(Decoded):
@@ -139,7 +164,10 @@ def awq(name: str, parts: dict[str, LazyTensor], dtype: np.dtype, group: int) ->
             f"{name}: AWQ in groups of {group}: qweight {list(qweight.shape)}, qzeros "
             f"{list(qzeros.shape)}, scales {list(scales.shape)} do not fit each other"
         )
-    return Awq((qweight, qzeros, scales), dtype, group).permute((1, 0))
+    held = (qweight, qzeros, scales)
+    exact, values = (Awq(held, d, group).permute((1, 0)) for d in (F32, dtype))
+    zero = _Zeros(qzeros, 4, 0, awq=True).permute((1, 0))
+    return Coded(values, Integers(exact, scales.permute((1, 0)), (1, group), 0, 15, zero))
 
 
 class _Words(Decoded):
@@ -191,4 +219,6 @@ def pack_quantized(
     zero = parts.get("weight_zero_point")
     if zero is not None and zero.shape != scale.shape:
         zero = _Words(zero, (scale.shape[0], scale.shape[1]), bits, axis=0)
-    return scaled(name, _Words(packed, shape, bits, axis=1), scale, dtype, zero=zero)
+    half = 1 << (bits - 1)
+    words = _Words(packed, shape, bits, axis=1)
+    return scaled(name, words, scale, dtype, zero=zero, levels=(-half, half - 1))

@@ -13,6 +13,7 @@ import numpy as np
 
 from ...errors import FormatError
 from ..tensor import LazyTensor
+from .coded import Coded, Integers
 from .node import F32, Decoded, region
 
 
@@ -62,6 +63,7 @@ def scaled(
     *,
     block: Sequence[int] | None = None,
     zero: LazyTensor | None = None,
+    levels: tuple[int, int] | None = None,
 ) -> LazyTensor:
     """Return ``weight`` times its scales.
 
@@ -72,6 +74,7 @@ def scaled(
         dtype: of the result.
         block: sizes of a block, where they are known; else they follow from the shapes.
         zero: of the shape of the scales, or None.
+        levels: the least and the greatest weight, where weights are whole numbers.
 
     Raises:
         FormatError: shapes that do not fit.
@@ -94,7 +97,12 @@ def scaled(
             f"{list(scale.shape)}"
         )
     offset = None if zero is None else _grid(zero, rows)
-    return Scaled(weight, grid, dtype, (ratio[0], ratio[1]), offset)
+    size = (ratio[0], ratio[1])
+    values = Scaled(weight, grid, dtype, size, offset)
+    if levels is None or (offset is not None and offset.shape != grid.shape):
+        return values
+    exact = Scaled(weight, grid, F32, size, offset)
+    return Coded(values, Integers(exact, grid, size, *levels, offset))
 
 
 def _grid(scale: LazyTensor, rows: int) -> LazyTensor:

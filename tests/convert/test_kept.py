@@ -1,0 +1,109 @@
+"""Quantized weights that go into GGUF as the blocks they are: the same numbers, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from mconv.convert.to_gguf import GgufReport, to_gguf
+
+sys.path.insert(0, str(Path(__file__).parent))
+import tiny
+import tiny_quantized
+from llamacpp import LlamaCpp
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+KEEP = 600
+STEPS = 6
+MARGIN = 0.5  # between the two most likely tokens, in logits of spread 4
+PROMPTS = [[5, 17, 99, 3], [300, 301, 302, 303, 304, 305, 306, 307]]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory, data_dir: Path) -> Path:
+    folder = tmp_path_factory.mktemp("plain") / "m"
+    size = tiny.save_bpe(data_dir / "vocab" / "ggml-vocab-llama-bpe.gguf", folder, KEEP)
+    model = tiny.save_model("llama3", folder, size, **tiny_quantized.SIZES, head_dim=64)
+    torch.manual_seed(5)
+    for weight, spread in ((model.model.embed_tokens.weight, 1.0), (model.lm_head.weight, 0.25)):
+        torch.nn.init.normal_(weight, 0.0, spread)  # clear choices, though activations are rounded
+    model.save_pretrained(folder)
+    return folder
+
+
+def _values(path: Path) -> dict[str, np.ndarray]:
+    """Every tensor in float32 by gguf-py, factors multiplied in."""
+    tensors = {t.name: t for t in gguf.GGUFReader(path).tensors}
+    out = {}
+    for name, t in tensors.items():
+        shape = tuple(int(n) for n in reversed(t.shape))
+        value = gguf.dequantize(t.data, t.tensor_type).reshape(shape).astype(np.float32)
+        factor = tensors.get(name.removesuffix(".weight") + ".scale")
+        if factor is not None and name.endswith(".weight"):
+            value = value * factor.data.reshape(-1, *[1] * (value.ndim - 1))[..., :1]
+        out[name] = value
+    return {n: v for n, v in out.items() if not n.endswith("scale")}
+
+
+def _same(kept: Path, exact: Path, kind: str) -> None:
+    mine, truth = _values(kept), _values(exact)
+    assert mine.keys() == truth.keys()
+    for name, value in mine.items():
+        if kind.startswith("nvfp4"):  # the factor comes last here, with the scale there
+            assert np.allclose(value, truth[name], rtol=2e-7, atol=0), name
+        else:
+            assert value.tobytes() == truth[name].tobytes(), name
+
+
+def _made(plain: Path, folder: Path, kind: str) -> tuple[Path, Path, GgufReport]:
+    made = tiny_quantized.KINDS[kind]
+    exact = tiny_quantized.quantize_folder(plain, folder / "q", made)
+    to_gguf(exact, folder / "exact.gguf", "f32")
+    return (folder / "keep.gguf", folder / "exact.gguf",
+            to_gguf(folder / "q", folder / "keep.gguf", "keep"))  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [k for k, made in tiny_quantized.KINDS.items() if made.types])
+def test_the_same_numbers_and_tokens(tmp_path: Path, plain: Path, kind: str) -> None:
+    kept, exact, report = _made(plain, tmp_path, kind)
+    assert report.kept is not None
+    assert report.kept.types == {tiny_quantized.KINDS[kind].types[0]: 14}
+    assert not report.kept.decoded
+    _same(kept, exact, kind)
+    pytest.importorskip("xllamacpp")
+    size = json.loads((plain / "config.json").read_text())["vocab_size"]
+    _same_answers(LlamaCpp(kept), LlamaCpp(exact), size)
+
+
+def _same_answers(kept: LlamaCpp, exact: LlamaCpp, size: int) -> None:
+    """Greedy decoding step by step: the same tokens wherever the choice is clear.
+
+    llama.cpp rounds what blocks are multiplied with to 8 bits, so a close call may differ.
+    """
+    clear = 0
+    for prompt in PROMPTS:
+        path = exact.greedy(prompt, STEPS, range(KEEP, size))
+        for k in range(STEPS):
+            truth, mine = (r.log_probabilities(prompt + path[:k], size) for r in (exact, kept))
+            assert np.sqrt(np.mean((mine - truth) ** 2)) < 0.2 * truth.std()
+            second, first = np.sort(truth)[-2:]
+            if first - second > MARGIN:
+                clear += 1
+                assert np.argmax(mine) == np.argmax(truth)
+    assert clear >= STEPS // 2
+
+
+@pytest.mark.parametrize(("kind", "why"), [("gptq4-act-order", "order"), ("bnb8", "exact in f16")])
+def test_what_no_type_holds_is_decoded(tmp_path: Path, plain: Path, kind: str, why: str) -> None:
+    _, _, report = _made(plain, tmp_path, kind)
+    assert report.kept is not None
+    assert not report.kept.types
+    assert len(report.kept.decoded) == 14
+    assert all(why in reason for _, reason in report.kept.decoded)
+    assert any("decoded" in line and why in line for line in report.warnings)
