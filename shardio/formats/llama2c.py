@@ -136,15 +136,20 @@ def _header(path: Path) -> _Header | None:
     except OSError:
         return None
     if raw[:4] == _MAGIC and len(raw) == _HEADER:
-        version, *numbers = struct.unpack_from("<8i", raw, 4)
+        version = int.from_bytes(raw[4:8], "little", signed=True)
         shared, group = struct.unpack_from("<Bi", raw, 36)
-        return _Header(version, *numbers, own_head=not shared, group=group)
+        return replace(_numbers(version, raw[8:36]), own_head=not shared, group=group)
     if len(raw) < _LEGACY_HEADER:
         return None
-    numbers = list(struct.unpack_from("<7i", raw))
-    header = _Header(0, *numbers, own_head=numbers[5] < 0)
-    header = replace(header, vocab_size=abs(header.vocab_size))
+    header = _numbers(0, raw[:_LEGACY_HEADER])
+    vocab = header.vocab_size
+    header = replace(header, vocab_size=abs(vocab), own_head=vocab < 0)
     return header if not header.problem() and _legacy_size(header) == size else None
+
+
+def _numbers(version: int, raw: bytes) -> _Header:
+    dim, hidden, layers, heads, kv_heads, vocab, length = struct.unpack("<7i", raw)
+    return _Header(version, dim, hidden, layers, heads, kv_heads, vocab, length)
 
 
 def _legacy_size(header: _Header) -> int:
