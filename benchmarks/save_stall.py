@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mconv.trainer.data import open_data
-from mconv.trainer.degrees import resolve
 from mconv.trainer.loop import new_run, one_step
 from mconv.trainer.mesh import build_meshes, process_group
-from mconv.trainer.model_config import ModelConfig
 from mconv.trainer.resume import CheckpointHook
+from mconv.trainer.settings.degrees import resolve
+from mconv.trainer.settings.model import ModelConfig
+from mconv.trainer.text.source import open_data
 from train_speed import run_config, write_data
 
 MODEL = ModelConfig(

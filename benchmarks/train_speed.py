@@ -29,15 +29,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from mconv.trainer.config import RunConfig
-from mconv.trainer.data import open_data
-from mconv.trainer.degrees import resolve
 from mconv.trainer.loop import new_run, one_step
 from mconv.trainer.mesh import build_meshes, process_group
 from mconv.trainer.model import Decoder
-from mconv.trainer.model_config import ModelConfig
 from mconv.trainer.planning.flops import flops_per_token, peak_flops
-from mconv.trainer.sections import (
+from mconv.trainer.settings import RunConfig
+from mconv.trainer.settings.degrees import resolve
+from mconv.trainer.settings.model import ModelConfig
+from mconv.trainer.settings.sections import (
     DataConfig,
     OptimConfig,
     ParallelConfig,
@@ -45,6 +44,7 @@ from mconv.trainer.sections import (
     ScheduleConfig,
     TrainConfig,
 )
+from mconv.trainer.text.source import open_data
 from mconv.trainer.text.token_file import write_tokens
 
 SMALL = ModelConfig(

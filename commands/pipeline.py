@@ -50,17 +50,18 @@ def command(
 
     if find_spec("torch") is None:
         raise ConfigError("training needs torch: pip install 'mconv[train]'")
-    from ..trainer.config import load_config
+    from ..trainer.delivery.export import ExportJob
     from ..trainer.delivery.pipeline_run import run_pipeline
+    from ..trainer.settings import load_config
 
     config = load_config(Path(run), settings)
     wanted = tuple(t.strip() for t in types.split(",")) if types else config.export.types
+    job = ExportJob(config=config, types=wanted, folder=Path(out) if out else None)
     started = time.monotonic()
     screen = nullcontext(None) if quiet or as_json else Screen(config.train.steps)
     with screen as listener:
-        report = run_pipeline(
-            Path(run), config, settings, nproc, wanted, Path(out) if out else None, listener
-        )
+        tell = listener or (lambda _: None)
+        report = run_pipeline(Path(run), job, settings, nproc, tell)
     seconds = round(time.monotonic() - started, 3)
     if as_json:
         show_json({**asdict(report), "ok": report.ok, "seconds": seconds})

@@ -125,7 +125,7 @@ def _show_training(sizes: ModelSizes, machines: Machines, plan: TrainPlan, seq_l
 
 def _untrainable(sizes: ModelSizes) -> tuple[str, ...]:
     from ..errors import ConfigError
-    from ..trainer.model_config import ModelConfig
+    from ..trainer.settings.model import ModelConfig
 
     try:
         ModelConfig.from_hf(sizes.config)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from .options import progress_bar, render_options, show_json
+
+if TYPE_CHECKING:
+    from ..trainer.text.tokenize import TokenizeReport
 
 
 @click.command("tokenize")
@@ -63,20 +67,23 @@ def command(
         )
     seconds = time.monotonic() - started
     if as_json:
-        show_json(
-            {
-                "folder": report.folder,
-                "files": report.files,
-                **report.about,
-                "tokenizer": report.tokenizer,
-                "trained": report.trained,
-                "seconds": round(seconds, 3),
-                "dry_run": dry_run,
-            }
-        )
-        return
-    if quiet:
-        return
+        said = {"seconds": round(seconds, 3), "dry_run": dry_run}
+        show_json({**_json(report), **said})
+    elif not quiet:
+        _show(report, seconds, dry_run)
+
+
+def _json(report: TokenizeReport) -> dict[str, Any]:
+    return {
+        "folder": report.folder,
+        "files": report.files,
+        **report.about,
+        "tokenizer": report.tokenizer,
+        "trained": report.trained,
+    }
+
+
+def _show(report: TokenizeReport, seconds: float, dry_run: bool) -> None:
     if dry_run:
         click.echo(f"would encode {report.files} files into {report.folder}")
         return

@@ -15,8 +15,8 @@ from .options import human, render_options, show_json
 from .stages import Screen, fail_unless_proven
 
 if TYPE_CHECKING:
-    from ..trainer.config import RunConfig
     from ..trainer.planning.dryrun import RunPlan
+    from ..trainer.settings import RunConfig
 
 
 @click.command("train")
@@ -63,10 +63,10 @@ def command(
     if find_spec("torch") is None:
         raise ConfigError("training needs torch: pip install 'mconv[train]'")
     from ..shardio.team import leave
-    from ..trainer.config import load_config
-    from ..trainer.degrees import resolve
     from ..trainer.delivery.pipeline_run import check_types
     from ..trainer.launch import launch, run_rank, torchrun_rank
+    from ..trainer.settings import load_config
+    from ..trainer.settings.degrees import resolve
 
     paths = {"save.resume": resume, "model.init_from": init_from}
     said = [*settings, *(f"{k}={_absolute(v)}" for k, v in paths.items() if v is not None)]
@@ -157,12 +157,14 @@ def _show_end(config: RunConfig, seconds: float, as_json: bool, quiet: bool) -> 
 def _export(config: RunConfig, silent: bool) -> None:
     """Make what ``[export]`` asks for, unless the run was ended before its last step."""
     from ..trainer.checkpoint import step_folder
+    from ..trainer.delivery.export import ExportJob
     from ..trainer.delivery.pipeline_run import export_run
 
     if not step_folder(config.save.folder, config.train.steps).is_dir():
         return
     with nullcontext(None) if silent else Screen(config.train.steps) as listener:
-        report = export_run(config, config.export.types, None, listener or (lambda _: None))
+        job = ExportJob(config=config, types=config.export.types)
+        report = export_run(job, listener or (lambda _: None))
     fail_unless_proven(report.proofs)
 
 

@@ -14,8 +14,8 @@ from ..shardio.team import leave
 
 def main(run: str, store: str, rank: str, world_size: str, *settings: str) -> int:
     """Train one rank; return the exit status."""
-    from .config import load_config
     from .launch import run_rank
+    from .settings import load_config
 
     try:
         config = load_config(Path(run), settings)

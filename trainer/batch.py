@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,20 +18,12 @@ IGNORE = -100
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Rows of tokens.
-
-    Attributes:
-        inputs: int64 [rows, seq].
-        labels: int64 [rows, seq]: the token after each input, or ``IGNORE``.
-        positions: int64 [rows, seq], which start anew with each packed document.
-        documents: int64 [rows, seq], equal for tokens that may see each other; None when each row
-            is one document.
-    """
+    """Rows of tokens, all int64 [rows, seq]."""
 
     inputs: Tensor
-    labels: Tensor
-    positions: Tensor
-    documents: Tensor | None = None
+    labels: Tensor  # the token after each input, or IGNORE
+    positions: Tensor  # which start anew with each packed document
+    documents: Tensor | None = None  # equal for tokens that may see each other; None: for all
 
     def rows(self, first: int, count: int) -> Batch:
         """Return ``count`` rows from ``first`` on."""
@@ -42,10 +33,10 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on ``device``."""
-        documents = None if self.documents is None else self.documents.to(device)
         inputs, labels, positions = (
             t.to(device, non_blocking=True) for t in (self.inputs, self.labels, self.positions)
         )
+        documents = None if self.documents is None else self.documents.to(device)
         return Batch(inputs, labels, positions, documents)
 
 
@@ -70,10 +61,3 @@ class DataSource(Protocol):
             rank, world_size: data parallel; rank r has rows r * batch / world_size onwards.
         """
         ...
-
-
-def from_rows(rows: np.ndarray) -> Batch:
-    """Return the batch of rows int64 [rows, seq + 1], each one document."""
-    ids = torch.from_numpy(rows)
-    positions = torch.arange(ids.shape[1] - 1).expand(len(ids), -1)
-    return Batch(ids[:, :-1], ids[:, 1:], positions)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from .config import RunConfig
 from .engine import PlainEngine
-from .init import materialize
+from .init import load_weights, materialize, open_weights
 from .mesh import TOKENS, Meshes
-from .model import Decoder
 from .optim import build_optimizers, link, shards
 from .parallel import parallelize
 from .pipeline import PipelineEngine, build_parts
+from .settings import RunConfig
 from .state import LossScale, TrainState
-from .weights import load_weights, open_weights
 
 _FIRST_SCALE = 2.0**16
 
@@ -21,17 +19,11 @@ _FIRST_SCALE = 2.0**16
 def build_state(config: RunConfig, meshes: Meshes, empty: bool = False) -> TrainState:
     """Return the initial state of a rank; every rank calls this.
 
-    Args:
-        config: the run's.
-        meshes: of all ranks.
-        empty: leave parameters on the meta device, without an optimizer (to plan a run).
+    ``empty`` leaves parameters on the meta device, without an optimizer (to plan a run).
     """
     dtype = getattr(torch, config.train.dtype)
     with torch.device("meta"):
-        if meshes.degrees.pp > 1:
-            parts = build_parts(config, meshes.degrees, meshes.rank("pp"))
-        else:
-            parts = [Decoder(config.model)]
+        parts = build_parts(config, meshes.degrees, meshes.rank("pp"))
     for part in parts:
         part.to(dtype)
         parallelize(part, meshes, config)
@@ -39,9 +31,8 @@ def build_state(config: RunConfig, meshes: Meshes, empty: bool = False) -> Train
     if empty:
         return state
     for part in parts:
-        materialize(
-            part, config.train.seed, "cpu" if config.parallel.cpu_offload else meshes.device
-        )
+        device = torch.device("cpu") if config.parallel.cpu_offload else meshes.device
+        materialize(part, config.train.seed, device)
     if config.model.init_from is not None:
         load_weights(parts, open_weights(config.model.init_from, config.model))
     if config.train.precision == "fp16":

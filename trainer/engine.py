@@ -1,7 +1,9 @@
-"""One step forward and backward on a rank: accumulation, loss parallelism, evaluation.
+"""One step forward and backward on a rank: loss, accumulation, loss parallelism, evaluation.
 
 ``PlainEngine`` runs a whole model, ``pipeline.py`` a part of one; both give the exact loss of the
-step over all ranks.
+step over all ranks: the sum of the cross entropies over all tokens, divided by their global count.
+A mean of per-rank means would weigh ranks with few valid labels too much, under every layout
+differently.
 """
 
 from __future__ import annotations
@@ -12,14 +14,41 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import loss_parallel
+from torch.nn import functional
 
-from .batch import Batch
-from .config import RunConfig
-from .loss import all_sum, count_labels, token_loss
+from .batch import IGNORE, Batch
 from .mesh import DP, TOKENS
 from .moe import MoE
+from .settings import RunConfig
 from .state import TrainState
+
+
+def token_loss(logits: Tensor, labels: Tensor, total: float) -> Tensor:
+    """Return this rank's share of the mean loss.
+
+    Args:
+        logits: [rows, seq, vocab]; a ``DTensor`` cut over the vocabulary under loss parallelism.
+        labels: int64 [rows, seq]; ``IGNORE`` marks tokens that do not count.
+        total: number of counted labels of the step over all ranks; 1 for the plain sum.
+    """
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
+    loss = functional.cross_entropy(wide, labels.flatten(), reduction="sum", ignore_index=IGNORE)
+    return (loss.to_local() if isinstance(loss, DTensor) else loss) / total
+
+
+def count_labels(labels: Tensor, group: dist.ProcessGroup | None = None) -> int:
+    """Return the number of labels that count, over the ranks of ``group``."""
+    return int(all_sum((labels != IGNORE).sum(), group))
+
+
+def all_sum(value: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Return the sum of ``value`` over the ranks of ``group`` (None: this rank), detached."""
+    out = value.detach().clone()
+    if group is not None:
+        dist.all_reduce(out, group=group)
+    return out
 
 
 class PlainEngine:
@@ -34,7 +63,11 @@ class PlainEngine:
         self._layers = [m for part in state.parts for m in part.modules() if isinstance(m, MoE)]
 
     def train(self, batch: Batch) -> tuple[Tensor, int]:
-        """Accumulate the gradients of a step's rows; see ``hooks.Engine``."""
+        """Accumulate the gradients of a whole step's rows of this rank.
+
+        Returns:
+            The step's loss per counted label, and how many labels counted, over all ranks.
+        """
         batch, total = self._prepared(batch)
         self._balance()
         part, numbers = self.state.parts[0], self._numbers(len(batch.inputs))
@@ -55,7 +88,7 @@ class PlainEngine:
         return all_sum(loss, self.group), total
 
     def evaluate(self, batch: Batch) -> tuple[Tensor, int]:
-        """Return the loss of rows without gradients; see ``hooks.Engine``."""
+        """Return the same of any rows, without gradients."""
         batch, total = self._prepared(batch)
         loss = torch.zeros((), device=self.device, dtype=torch.float64)
         with torch.no_grad(), self._context():

@@ -7,51 +7,26 @@ other ranks must do so on all of them.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from .batch import Batch, DataSource
-from .config import RunConfig
+from .batch import DataSource
+from .engine import PlainEngine
+from .settings import RunConfig
 from .state import TrainState
 
 if TYPE_CHECKING:
     from .metrics import StepMetrics
 
 
-class Engine(Protocol):
-    """Runs the model forward and backward, whatever the layout (``engine.py``)."""
-
-    def train(self, batch: Batch) -> tuple[Tensor, int]:
-        """Accumulate the gradients of a whole step's rows of this rank.
-
-        Returns:
-            The step's loss per counted label, and how many labels counted, over all ranks.
-        """
-        ...
-
-    def evaluate(self, batch: Batch) -> tuple[Tensor, int]:
-        """Return the same of a batch, without gradients."""
-        ...
-
-
 @dataclass(slots=True)
 class Run:
-    """A run while it runs, as hooks see it.
-
-    Attributes:
-        config: its configuration.
-        state: model, optimizers, counters.
-        engine: for evaluation.
-        data: what it trains on.
-        stop: set it on all ranks to end after this step.
-    """
+    """A run while it runs, as hooks see it."""
 
     config: RunConfig
-    state: TrainState
-    engine: Engine
+    state: TrainState  # model, optimizers, counters
+    engine: PlainEngine
     data: DataSource
-    stop: bool = False
+    stop: bool = False  # set it on all ranks to end after this step
 
     @property
     def first(self) -> bool:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, TrainError
-from .config import RunConfig
+from .settings import RunConfig
 
 _POLL = 0.1
 _GRACE = 5.0
@@ -39,11 +39,10 @@ def launch(
     """Train the run of a TOML file with ``processes`` ranks and wait for the end.
 
     Args:
-        run: the TOML file.
+        run, settings: as ``load_config`` takes them.
         folder: the run's folder, for the logs.
         processes: number of ranks.
         on_poll: called about ten times a second while the ranks run.
-        settings: as ``load_config`` takes them.
 
     Raises:
         ConfigError: fewer than one process.
@@ -58,11 +57,11 @@ def launch(
         stack.callback(_end, ranks)
         stack.enter_context(_passing_signals(ranks))
         for rank in range(processes):
-            command = [sys.executable, "-m", f"{__package__}", str(run.resolve()), str(meeting)]
+            place = [str(run.resolve()), str(meeting), str(rank), str(processes)]
             log = stack.enter_context(_log(folder, rank).open("wb"))
             ranks.append(
                 subprocess.Popen(
-                    [*command, str(rank), str(processes), *settings],
+                    [sys.executable, "-m", f"{__package__}", *place, *settings],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
@@ -87,9 +86,9 @@ def run_rank(config: RunConfig, rank: int, world_size: int, store: Path | None =
     Raises:
         MconvError: the configuration or the data cannot be used.
     """
-    from .degrees import resolve
     from .loop import train
     from .mesh import build_meshes, choose_device, process_group, set_threads
+    from .settings.degrees import resolve
 
     degrees = resolve(config, world_size)
     here = world_size if store else int(os.environ.get("LOCAL_WORLD_SIZE", world_size))

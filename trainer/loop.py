@@ -12,19 +12,17 @@ from torch import Tensor
 
 from .batch import DataSource
 from .build import build_engine, build_state
-from .clip import scale, settle, total_norm
-from .config import RunConfig
-from .data import open_data, prepare
 from .hooks import Hook, Run
 from .lora.adapters import LoraHook
 from .measure.eval import EvalHook
 from .measure.imatrix import ImatrixHook
 from .mesh import DP, Meshes
 from .metrics import LogHook, StepMetrics
-from .optim import set_rate
+from .optim import rate, scale, set_rate, settle, total_norm
 from .resume import CheckpointHook
-from .schedule import rate
+from .settings import RunConfig
 from .state import TrainState
+from .text.source import open_data, prepare
 
 
 def train(config: RunConfig, meshes: Meshes) -> Run:

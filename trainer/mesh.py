@@ -15,6 +15,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from .degrees import Degrees
+from .settings.degrees import Degrees
 
 DP = ("dp_replicate", "dp_mod", "ep")
 FSDP = ("dp_mod", "ep", "cp")
@@ -41,12 +42,7 @@ class Meshes:
 
     def size(self, *names: str) -> int:
         """Return the number of ranks along dimensions."""
-        d = self.degrees
-        sizes = {"dp_mod": d.dp_shard // d.ep}
-        out = 1
-        for name in names:
-            out *= sizes[name] if name in sizes else int(getattr(d, name))
-        return out
+        return prod(getattr(self.degrees, name) for name in names)
 
     def sub(self, *names: str) -> DeviceMesh:
         """Return the one-dimensional mesh of this rank along dimensions.
@@ -77,26 +73,16 @@ class Meshes:
     @property
     def device(self) -> torch.device:
         """Where this rank computes."""
-        kind = self.world.device_type
-        return (
-            torch.device(kind, torch.cuda.current_device())
-            if kind == "cuda"
-            else torch.device(kind)
-        )
+        if self.world.device_type == "cuda":
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device(self.world.device_type)
 
 
 def build_meshes(degrees: Degrees, device_type: str) -> Meshes:
     """Return the meshes of a layout; the process group exists, every rank calls this."""
-    sizes = {
-        "pp": degrees.pp,
-        "dp_replicate": degrees.dp_replicate,
-        "dp_mod": degrees.dp_shard // degrees.ep,
-        "ep": degrees.ep,
-        "cp": degrees.cp,
-        "tp": degrees.tp,
-    }
-    names = tuple(n for n, size in sizes.items() if size > 1 or n == "dp_mod")
-    shape = tuple(sizes[n] for n in names)
+    order = ("pp", "dp_replicate", "dp_mod", "ep", "cp", "tp")
+    names = tuple(n for n in order if getattr(degrees, n) > 1 or n == "dp_mod")
+    shape = tuple(getattr(degrees, n) for n in names)
     meshes = Meshes(degrees, init_device_mesh(device_type, shape, mesh_dim_names=names))
     for parts in (DP, FSDP, EXPERT_FSDP, TOKENS):
         meshes.sub(*parts)  # groups are made now, by all ranks in the same order
@@ -152,14 +138,3 @@ def _attempt(world_size: int) -> Store | None:
 def set_threads(threads: int, world_size: int) -> None:
     """Use ``threads`` CPU threads in this process; 0: its share of the machine's cores."""
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // world_size))
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Use one CPU thread for a while: on tiny matrices several are slower, on a busy CPU much."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -12,54 +12,39 @@ import json
 import math
 import resource
 import sys
-from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 
-from ..errors import ConfigError, TrainError
+from ..errors import TrainError
 from .hooks import Hook, Run
+from .measure.sinks import Sink, sinks
 from .planning.flops import flops_per_token, peak_flops
 
 if TYPE_CHECKING:
-    from .config import RunConfig
+    pass
 
 FILE = "metrics.jsonl"
 TABLE = "metrics.csv"
 EVALS = "evals.jsonl"
 
-#: Takes the numbers of a step under their names.
-Sink = Callable[[int, Mapping[str, float]], None]
-
 
 @dataclass(frozen=True, slots=True)
 class StepMetrics:
-    """One step.
+    """One step."""
 
-    Attributes:
-        step: counted from 1.
-        loss: per learned token, in nats.
-        lr: learning rate.
-        grad_norm: before clipping.
-        tokens_per_s: of all ranks.
-        seconds: of this step.
-        tflops: work per second and device, in TFLOP/s; None where it was not computed.
-        mfu: the same as a part of the device's peak; None where that is not known.
-        memory: most bytes in use so far: of the device, or of the process on CPU.
-    """
-
-    step: int
-    loss: float
+    step: int  # counted from 1
+    loss: float  # per learned token, in nats
     lr: float
-    grad_norm: float
-    tokens_per_s: float
-    seconds: float
-    tflops: float | None = None
-    mfu: float | None = None
-    memory: int | None = None
+    grad_norm: float  # before clipping
+    tokens_per_s: float  # of all ranks
+    seconds: float  # of this step
+    tflops: float | None = None  # work per second and device; None where it was not computed
+    mfu: float | None = None  # the same as a part of the device's peak; None where not known
+    memory: int | None = None  # most bytes in use so far: of the device, or on CPU the process
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +58,8 @@ class Evaluation:
     sample: str = ""
 
 
-class MetricsWriter:
-    """Writes the metrics of a run; a context manager. Only rank 0 has one.
+class MetricsWriter(AbstractContextManager["MetricsWriter"]):
+    """Writes the metrics of a run. Only rank 0 has one.
 
     Args:
         folder: of the run.
@@ -85,59 +70,51 @@ class MetricsWriter:
     def __init__(self, folder: Path, after: int = 0, sinks: tuple[Sink, ...] = ()) -> None:
         kept = [m for m in read_metrics(folder) if m.step <= after]
         evals = [e for e in read_evaluations(folder) if e.step <= after]
-        self._lines = (folder / FILE).open("w", encoding="utf-8")
-        self._table = (folder / TABLE).open("w", encoding="utf-8", newline="")
-        self._evals = (folder / EVALS).open("w", encoding="utf-8") if evals else None
+        if not evals:
+            (folder / EVALS).unlink(missing_ok=True)
+        self._files: dict[str, TextIO] = {}
         self._folder, self._sinks = folder, sinks
-        self._rows = csv.DictWriter(self._table, [f.name for f in fields(StepMetrics)])
+        self._rows = csv.DictWriter(self._file(TABLE), [f.name for f in fields(StepMetrics)])
         self._rows.writeheader()
+        self._file(FILE)
         for metrics in kept:
-            self._put(metrics)
+            self._put(FILE, metrics)
         for evaluation in evals:
-            self._say(evaluation)
+            self._put(EVALS, evaluation)
 
     def write(self, metrics: StepMetrics) -> None:
         """Append a line and hand it to the system, so that readers see it at once."""
-        self._put(metrics)
+        self._put(FILE, metrics)
         numbers = {k: v for k, v in asdict(metrics).items() if k != "step" and v is not None}
         for sink in self._sinks:
             sink(metrics.step, numbers)
 
     def evaluated(self, evaluation: Evaluation) -> None:
         """Append an evaluation."""
-        self._say(evaluation)
+        self._put(EVALS, evaluation)
         if evaluation.loss is not None:
             for sink in self._sinks:
                 sink(evaluation.step, {"eval_loss": evaluation.loss})
 
-    def _put(self, metrics: StepMetrics) -> None:
-        self._lines.write(json.dumps(asdict(metrics)) + "\n")
-        self._rows.writerow(asdict(metrics))
-        self._lines.flush()
-        self._table.flush()
+    def _file(self, name: str) -> TextIO:
+        if name not in self._files:
+            self._files[name] = (self._folder / name).open("w", encoding="utf-8", newline="")
+        return self._files[name]
 
-    def _say(self, evaluation: Evaluation) -> None:
-        if self._evals is None:
-            self._evals = (self._folder / EVALS).open("w", encoding="utf-8")
-        self._evals.write(json.dumps(asdict(evaluation), ensure_ascii=False) + "\n")
-        self._evals.flush()
+    def _put(self, name: str, row: StepMetrics | Evaluation) -> None:
+        self._file(name).write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
+        if name == FILE:
+            self._rows.writerow(asdict(row))
+        for file in self._files.values():
+            file.flush()
 
-    def __enter__(self) -> MetricsWriter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
         """Close the files."""
-        for file in (self._lines, self._table, self._evals):
-            if file is not None:
-                file.close()
+        for file in self._files.values():
+            file.close()
 
 
 def read_metrics(folder: Path) -> list[StepMetrics]:
@@ -158,14 +135,10 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 class LogHook(Hook):
-    """Logs every ``log.every``-th step, and the last; stops a run whose loss is no number.
-
-    Attributes:
-        writer: of rank 0, from the first step on; evaluations go there too.
-    """
+    """Logs every ``log.every``-th step, and the last; stops a run whose loss is no number."""
 
     def __init__(self) -> None:
-        self.writer: MetricsWriter | None = None
+        self.writer: MetricsWriter | None = None  # of rank 0, from the first step on
         self._sinks: tuple[Sink, ...] = ()
         self._work = 0.0
         self._peak: float | None = None
@@ -190,22 +163,15 @@ class LogHook(Hook):
         due = metrics.step % run.config.log.every == 0 or metrics.step == run.config.train.steps
         broken = not math.isfinite(metrics.loss)
         if self.writer is not None and (due or broken):
-            self.writer.write(self.complete(run, metrics))
+            rate = metrics.tokens_per_s * self._work
+            mfu = rate / self._peak if self._peak else None
+            memory = _memory(run.state.meshes.device)
+            self.writer.write(replace(metrics, tflops=rate / 1e12, mfu=mfu, memory=memory))
         if broken:
             raise TrainError(
                 f"step {metrics.step}: the loss is {metrics.loss}; go on from an earlier "
                 "checkpoint with a lower optim.lr or a lower train.clip"
             )
-
-    def complete(self, run: Run, metrics: StepMetrics) -> StepMetrics:
-        """Add work and memory to the figures of a step."""
-        rate = metrics.tokens_per_s * self._work
-        return replace(
-            metrics,
-            tflops=rate / 1e12,
-            mfu=rate / self._peak if self._peak else None,
-            memory=_memory(run.state.meshes.device),
-        )
 
     def stop(self, run: Run) -> None:
         """Close the files."""
@@ -220,45 +186,3 @@ def _memory(device: torch.device) -> int:
         return int(torch.cuda.max_memory_allocated(device))
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def sinks(config: RunConfig) -> tuple[Sink, ...]:
-    """Return the takers that ``log.to`` names.
-
-    Raises:
-        ConfigError: one of them is not installed.
-    """
-    made = {"tensorboard": _tensorboard, "wandb": _wandb}
-    return tuple(made[name](config) for name in config.log.to)
-
-
-def _tensorboard(config: RunConfig) -> Sink:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ConfigError(
-            "log.to names tensorboard, which is not installed: pip install tensorboard"
-        ) from error
-    writer = SummaryWriter(str(config.save.folder / "tensorboard"))
-
-    def put(step: int, numbers: Mapping[str, float]) -> None:
-        for name, value in numbers.items():
-            writer.add_scalar(name, value, step)
-
-    return put
-
-
-def _wandb(config: RunConfig) -> Sink:
-    try:
-        import wandb
-    except ImportError as error:
-        raise ConfigError(
-            "log.to names wandb, which is not installed: pip install wandb"
-        ) from error
-    settings = json.loads(json.dumps(asdict(config), default=str))
-    run = wandb.init(project="mconv", dir=str(config.save.folder), config=settings)
-
-    def put(step: int, numbers: Mapping[str, float]) -> None:
-        run.log(dict(numbers), step=step)
-
-    return put

@@ -2,7 +2,7 @@
 
 Parameter names and the rotary order are Hugging Face's, so that a checkpoint needs no renaming and
 no permutation there. The arithmetic is that of ``transformers`` for every family of
-``model_config.py``; the tests hold the logits to 1e-5. Layers sit in a ``ModuleDict``, so that a
+``settings/model.py``; the tests hold the logits to 1e-5. Layers sit in a ``ModuleDict``, so that a
 part of them, a pipeline stage, keeps its names.
 """
 
@@ -14,12 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .attention import Attention, attention_mask, rotary
-from .context import Context
+from .attention import Attention, Context, RMSNorm, attention_mask, rotary
 from .lora.dropout import Rows
-from .model_config import ModelConfig
 from .moe import MoE
-from .norm import RMSNorm
+from .settings.model import ModelConfig
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,

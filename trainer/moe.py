@@ -19,9 +19,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial
 from torch.nn import functional
 
-from .context import Context
-from .model_config import ModelConfig
-from .norm import local
+from .attention import Context, local
+from .settings.model import ModelConfig
 
 _MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
@@ -89,22 +88,16 @@ def _grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 
 class MoE(nn.Module):
-    """A feed-forward layer in which each token chooses some experts.
-
-    Attributes:
-        mesh: ranks that share the experts; None when this rank has all.
-        context: None when the rank has whole rows.
-        balance: weight of this layer's load balancing loss, over the rows of a step.
-    """
+    """A feed-forward layer in which each token chooses some experts."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.gate = Router(config)
         self.experts = Experts(config)
         self.top, self.norm = config.num_experts_per_tok, config.norm_topk_prob
-        self.mesh: DeviceMesh | None = None
-        self.context: Context | None = None
-        self.balance = 0.0
+        self.mesh: DeviceMesh | None = None  # ranks that share the experts
+        self.context: Context | None = None  # None when the rank has whole rows
+        self.balance = 0.0  # weight of this layer's load balancing loss, over the rows of a step
 
     def forward(self, x: Tensor) -> Tensor:
         """[rows, seq, hidden] to the same; under tensor parallelism a part of the sum."""

@@ -1,19 +1,25 @@
-"""Optimizers: AdamW with weight decay on matrices only, Muon for the matrices inside layers.
+"""Learning rates, optimizers and the gradient norm: AdamW, or Muon for the matrices inside layers.
 
 With ZeRO 1 every rank holds all parameters and gradients, but updates only its shard of each: the
 optimizer works on shards, and the updated ones are gathered after its step.
+
+Each gradient's squares are summed where it lies and then over exactly the mesh dimensions that cut
+it: data, tensor and expert parallel ranks in any product, and the pipeline at the end. Plain and
+``DTensor`` gradients on different meshes never meet in one operation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from math import cos, pi, sqrt
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from .sections import OptimConfig
+from .settings.sections import OptimConfig, ScheduleConfig
 
 PEAK = "peak_lr"
 
@@ -55,6 +61,30 @@ def build_optimizers(
     return out
 
 
+def owners_of(optimizers: Iterable[torch.optim.Optimizer]) -> dict[int, torch.optim.Optimizer]:
+    """Return which optimizer updates a tensor, by the tensor's ``id``."""
+    return {id(p): o for o in optimizers for group in o.param_groups for p in group["params"]}
+
+
+def rate(step: int, steps: int, config: ScheduleConfig) -> float:
+    """Return the factor of the peak learning rate at ``step`` (counted from 0) of ``steps``.
+
+    After a linear warm-up: ``cosine`` and ``linear`` fall to ``floor`` over all the rest,
+    ``constant`` stays, ``wsd`` stays and falls over the last ``decay`` steps with 1 - sqrt
+    (Hägele et al. 2024).
+    """
+    if step < config.warmup:
+        return (step + 1) / config.warmup
+    if config.kind == "constant":
+        return 1.0
+    start = config.warmup
+    if config.kind == "wsd":
+        start = max(start, steps - (config.decay or max(1, steps // 10)))
+    done = min(1.0, max(0, step - start) / max(1, steps - start))
+    left = {"cosine": (1 + cos(pi * done)) / 2, "linear": 1 - done, "wsd": 1 - sqrt(done)}
+    return config.floor + (1 - config.floor) * left[config.kind]
+
+
 def set_rate(optimizers: Iterable[torch.optim.Optimizer], factor: float) -> None:
     """Set every learning rate to ``factor`` times its peak."""
     for optimizer in optimizers:
@@ -77,7 +107,7 @@ def link(
     slots: Mapping[str, Tensor],
 ) -> None:
     """Make every step take gradients from ``parameters`` to their shards and updates back."""
-    owners = {id(q): o for o in optimizers for group in o.param_groups for q in group["params"]}
+    owners = owners_of(optimizers)
     linked: dict[torch.optim.Optimizer, list[tuple[DTensor, DTensor]]] = {}
     for name, parameter in parameters.items():
         shard = slots[name]
@@ -132,3 +162,63 @@ def _groups(tensors: Mapping[str, Tensor], decay: float) -> list[dict[str, Any]]
         group = {"params": [], "weight_decay": decay if tensor.ndim > 1 else 0.0}
         groups.setdefault(key, group)["params"].append(tensor)
     return list(groups.values())
+
+
+def settle(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """Sum gradients that are still parts over ranks, in place, and return all gradients."""
+    grads = []
+    for parameter in parameters:
+        grad = parameter.grad
+        if grad is None:
+            continue
+        if (
+            isinstance(grad, DTensor)
+            and isinstance(parameter, DTensor)
+            and grad.placements != parameter.placements
+        ):
+            grad = parameter.grad = grad.redistribute(placements=parameter.placements)
+        grads.append(grad)
+    return grads
+
+
+def total_norm(grads: Iterable[Tensor], pipeline: dist.ProcessGroup | None, like: Tensor) -> Tensor:
+    """Return the norm of all gradients of all ranks, each counted once.
+
+    Args:
+        grads: this rank's, settled; a tied parameter's once.
+        pipeline: ranks with other parts of the model; None for no others.
+        like: of the dtype and on the device of the result.
+    """
+    parts: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = {}
+    for grad in grads:
+        groups = _cutters(grad) if isinstance(grad, DTensor) else ()
+        parts.setdefault(groups, []).append(_plain(grad))
+    total = torch.zeros((), dtype=like.dtype, device=like.device)
+    for groups, tensors in parts.items():
+        square = torch.stack(torch._foreach_norm(tensors)).to(total).square().sum()
+        for group in groups:
+            dist.all_reduce(square, group=group)
+        total += square
+    if pipeline is not None:
+        dist.all_reduce(total, group=pipeline)
+    return total.sqrt()
+
+
+def scale(grads: Iterable[Tensor], factor: Tensor) -> None:
+    """Multiply gradients by ``factor``, in place."""
+    tensors = [_plain(grad) for grad in grads]
+    if tensors:
+        torch._foreach_mul_(tensors, factor.to(tensors[0].device))
+
+
+def _cutters(grad: DTensor) -> tuple[dist.ProcessGroup, ...]:
+    mesh = grad.device_mesh
+    return tuple(
+        mesh.get_group(n)
+        for n, p in enumerate(grad.placements)
+        if not p.is_replicate() and mesh.size(n) > 1
+    )
+
+
+def _plain(grad: Tensor) -> Tensor:
+    return grad.to_local() if isinstance(grad, DTensor) else grad

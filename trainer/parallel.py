@@ -2,7 +2,7 @@
 
 All with torch's own parts, in this order. Data parallelism is FSDP2 (``fully_shard``: ZeRO 2 and 3,
 HSDP) or its replicating sibling (DDP, ZeRO 1). The loss is a sum divided by the token count of the
-whole step (``loss.py``), so gradients are summed over ranks, never averaged.
+whole step (``engine.py``), so gradients are summed over ranks, never averaged.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from .config import RunConfig
-from .context import Context
+from .attention import Context
 from .lora.adapters import add_adapters
 from .mesh import EXPERT_FSDP, FSDP, TOKENS, Meshes
 from .model import Decoder, Layer
 from .moe import MoE
+from .settings import RunConfig
 from .tensor import cut_experts, cut_tensors
 
 _HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}

@@ -6,6 +6,7 @@ stages is the schedule's: in turn, or (``ZBVZeroBubble``, ``DualPipeV``) in turn
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,13 +21,12 @@ from torch.distributed.pipelining.schedules import (
 from torch.distributed.tensor import DTensor
 
 from .batch import Batch
-from .clip import settle
-from .config import RunConfig
-from .degrees import Degrees
-from .engine import PlainEngine
-from .loss import all_sum, token_loss
+from .engine import PlainEngine, all_sum, token_loss
 from .model import Decoder
-from .model_config import ModelConfig
+from .optim import settle
+from .settings import RunConfig
+from .settings.degrees import Degrees
+from .settings.model import ModelConfig
 from .state import TrainState
 
 _VEES = ("ZBVZeroBubble", "DualPipeV")
@@ -34,26 +34,23 @@ _VEES = ("ZBVZeroBubble", "DualPipeV")
 
 def stage_indices(rank: int, degrees: Degrees, schedule: str) -> list[int]:
     """Return which stages pipeline rank ``rank`` has, in order."""
-    if schedule in _VEES:
+    if degrees.pp > 1 and schedule in _VEES:
         return [rank, 2 * degrees.pp - 1 - rank]
     return [rank + n * degrees.pp for n in range(degrees.stages)]
 
 
 def split_layers(config: ModelConfig, stages: int) -> list[range]:
     """Return the layers of each stage: about the same work for all, the head's included."""
-    hidden, inner = config.hidden_size, config.intermediate_size
+    inner = config.intermediate_size
     if config.num_experts:
         inner = config.moe_intermediate_size * config.num_experts_per_tok
     heads = 2 * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
     head = config.vocab_size / (heads + 3 * inner)  # in layers
-    layers = config.num_hidden_layers
-    ends: list[int] = []
+    layers, ends = config.num_hidden_layers, [0]
     for stage in range(1, stages):
         wanted = round(stage * (layers + head) / stages)
-        before = ends[-1] if ends else 0
-        ends.append(min(max(wanted, before + 1), layers - (stages - stage)))
-    assert hidden
-    return [range(a, b) for a, b in zip([0, *ends], [*ends, layers], strict=True)]
+        ends.append(min(max(wanted, ends[-1] + 1), layers - (stages - stage)))
+    return [range(a, b) for a, b in pairwise([*ends, layers])]
 
 
 def build_parts(config: RunConfig, degrees: Degrees, rank: int) -> list[Decoder]:
@@ -87,12 +84,12 @@ class PipelineEngine(PlainEngine):
         self.schedule: PipelineScheduleSingle | PipelineScheduleMulti = kind(
             stages if issubclass(kind, PipelineScheduleMulti) else stages[0],
             degrees.micro_batches,
-            loss_fn=self._loss,
+            loss_fn=lambda logits, labels: token_loss(logits, labels, self._total),
             scale_grads=False,
         )
 
     def train(self, batch: Batch) -> tuple[Tensor, int]:
-        """Run the schedule on a step's rows; see ``hooks.Engine``."""
+        """Run the schedule on a step's rows."""
         rows = len(batch.inputs)
         batch, total = self._prepared(batch)
         self._balance()
@@ -123,11 +120,8 @@ class PipelineEngine(PlainEngine):
         self._total = total
         inputs = [batch.inputs] if any(part.first for part in self.state.parts) else []
         target = batch.labels if any(part.last for part in self.state.parts) else None
-        more: dict[str, Any] = {"positions": batch.positions}
-        if batch.documents is not None:
-            more["documents"] = batch.documents
-        if numbers is not None:
-            more["numbers"] = numbers
+        extra = {"positions": batch.positions, "documents": batch.documents, "numbers": numbers}
+        more: dict[str, Any] = {name: value for name, value in extra.items() if value is not None}
         losses: list[Tensor] = []
         if backward:
             self.schedule.step(*inputs, target=target, losses=losses, return_outputs=False, **more)
@@ -135,14 +129,10 @@ class PipelineEngine(PlainEngine):
             self.schedule.eval(*inputs, target=target, losses=losses, **more)
         return losses
 
-    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return token_loss(logits, labels, self._total)
-
     def _everywhere(self, losses: list[Tensor]) -> Tensor:
         """Return the loss, which only the last stage's rank computed, on all ranks."""
-        loss = torch.zeros((), device=self.device, dtype=torch.float64)
-        for one in losses:
-            loss += one.detach()
+        none = torch.zeros((), device=self.device, dtype=torch.float64)
+        loss = torch.stack([none, *(one.detach().double() for one in losses)]).sum()
         return all_sum(all_sum(loss, self.group), self.pipeline)
 
     def _sync_tied(self) -> None:

@@ -7,10 +7,10 @@ format and layout with its optimizer. The order of the data is a function of the
 
 from __future__ import annotations
 
-import json
+import logging
 import signal
 import threading
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,75 +21,39 @@ from torch.distributed.checkpoint import state_dict_saver
 
 from ..convert.naming import to_hf
 from ..convert.reshard import reshard
-from ..errors import ConfigError, FormatError, did_you_mean
+from ..errors import ConfigError
 from ..shardio import Layout, open_checkpoint
 from ..shardio.training_state import optimizer_step
-from .checkpoint import MANIFEST, Also, Saver, check_files, steps_of
+from .checkpoint import MANIFEST, Saver, newest
 from .hooks import Hook, Run
 from .metrics import StepMetrics
 from .text.tokenizer import load_tokenizer
-from .training_state import content_of, load_optimizer, load_parameters, read_own
+from .training_state import as_json, content_of, load_optimizer, load_parameters, read_own
 
-FORMATS = ("shards", "dcp", "hf")
-_OURS = ("config.json", "generation_config.json", MANIFEST)
-
-
-def newest(run: Path) -> tuple[Path | None, list[str]]:
-    """Return the newest whole checkpoint of a run's folder, and why newer ones are passed over."""
-    notes: list[str] = []
-    for _, folder in reversed(steps_of(run)):
-        if not (folder / MANIFEST).exists() and any(folder.glob("*.metadata")):
-            return folder, notes  # torch's own format has its own marker
-        try:
-            check_files(folder)
-        except FormatError as error:
-            notes.append(str(error))
-        else:
-            return folder, notes
-    return None, notes
-
-
-def find(resume: str, run: Path) -> Path | None:
-    """Return what a run resumes from: ``auto``, ``none`` or a path.
-
-    Raises:
-        ConfigError: the path does not exist.
-    """
-    if resume == "none":
-        return None
-    if resume == "auto":
-        return newest(run)[0]
-    path = Path(resume)
-    if not path.exists():
-        raise ConfigError(f"save.resume={resume}: no such file or folder")
-    return path
+_log = logging.getLogger(__name__)
 
 
 class CheckpointHook(Hook):
     """Resumes at the start, saves every so many steps and at the end, also when told to end."""
 
-    def __init__(self, tell: Callable[[str], None] | None = None) -> None:
-        """``tell`` gets what a user should know, on rank 0."""
-        self._tell = tell or (lambda _: None)
+    def __init__(self) -> None:
         self._saver: Saver | None = None
         self._saved = -1
         self._asked = False
 
     def start(self, run: Run) -> None:
         self._listen()
-        world = run.state.meshes.world
-        _check_formats(run)
-        self._saver = Saver(run.config.save, world.get_rank(), world.size())
-        source = find(run.config.save.resume, run.config.save.folder)
-        if source is None:
+        self._saver = Saver(run.config.save)
+        wish = run.config.save.resume
+        source, notes = newest(run.config.save.folder) if wish == "auto" else (Path(wish), [])
+        for note in notes if run.first else ():
+            _log.warning("passed over: %s", note)
+        if wish == "none" or source is None:
             return
-        if run.config.save.resume == "auto" and run.first:
-            for note in newest(run.config.save.folder)[1]:
-                self._tell(f"passed over: {note}")
+        if not source.exists():
+            raise ConfigError(f"save.resume={wish}: no such file or folder")
         restore(run, source)
         self._saved = run.state.step
-        if run.first:
-            self._tell(f"resumed step {run.state.step} from {source}")
 
     def _listen(self) -> None:
         """End after the current step when asked to (Ctrl-C, a scheduler's SIGTERM)."""
@@ -109,8 +73,6 @@ class CheckpointHook(Hook):
 
     def _anyone_asked(self, run: Run) -> bool:
         """Whether a rank was asked to end: then all do, after the same step."""
-        if run.state.meshes.world.size() == 1:
-            return self._asked
         asked = torch.tensor(self._asked, dtype=torch.uint8)
         dist.all_reduce(asked, dist.ReduceOp.MAX)
         return bool(asked)
@@ -124,11 +86,21 @@ class CheckpointHook(Hook):
     def save(self, run: Run) -> Path:
         """Save now; every rank calls this."""
         assert self._saver is not None, "start was called"
-        self._saved = run.state.step
+        self._saved, formats = run.state.step, run.config.save.formats
         own = {"data": run.data.fingerprint(), "batch": run.config.train.batch}
-        texts, copies = _assets(run)
-        content = content_of(run.state, own, texts, copies)
-        return self._saver.save(run.state.step, content, _also(run))
+        content = content_of(run.state, own, _model_files(run) if run.first else {})
+
+        def dcp(folder: Path) -> None:
+            state_dict_saver.save(_dcp_state(run), checkpoint_id=folder / "dcp")
+
+        def merged(folder: Path) -> None:
+            reshard(folder, folder / "hf", Layout("hf"), with_optimizer=False, verify=False)
+
+        if "dcp" in formats:
+            content = replace(content, on_all=dcp)
+        if "hf" in formats:
+            content = replace(content, on_first=merged)
+        return self._saver.save(run.state.step, content)
 
 
 def restore(run: Run, source: Path) -> None:
@@ -161,59 +133,23 @@ def restore(run: Run, source: Path) -> None:
         state.scale.value, state.scale.good = own["loss_scale"]
 
 
-# -- what lies beside the shards -------------------------------------------------------------------
-
-
-def _check_formats(run: Run) -> None:
-    formats = run.config.save.formats
-    for name in formats:
-        if name not in FORMATS:
-            raise ConfigError(
-                f"save.formats: {name!r} is none of {', '.join(FORMATS)}"
-                f"{did_you_mean(name, FORMATS)}"
-            )
-    if "shards" not in formats:
-        raise ConfigError('save.formats must have "shards", from which a run resumes')
-    if "dcp" in formats and run.config.model.num_experts:
-        raise ConfigError(
-            'save.formats: "dcp" has no place for single experts; use "shards", and mconv reshard '
-            "--to dcp for a checkpoint that needs it"
-        )
-
-
-def _also(run: Run) -> Also:
-    """Return what writes the formats beyond shards."""
-    formats = run.config.save.formats
-
-    def all_ranks(folder: Path) -> None:
-        if "dcp" in formats:
-            state_dict_saver.save(_dcp_state(run), checkpoint_id=folder / "dcp")
-
-    def first(folder: Path) -> None:
-        if "hf" in formats:
-            reshard(folder, folder / "hf", Layout("hf"), with_optimizer=False, verify=False)
-
-    return Also(all_ranks, first)
-
-
 def _dcp_state(run: Run) -> dict[str, Any]:
     """Return weights and optimizer by name, as ``get_state_dict`` of torch arranges them."""
-    names = list(run.state.slots)
-    states = {name: dict(run.state.optimizer_state(name)) for name in names}
+    states = {name: dict(found) for name, found in run.state.optimizer_states().items()}
     return {"model": run.state.parameters(), "optimizer": {"state": states}}
 
 
-def _assets(run: Run) -> tuple[dict[str, str], tuple[Path, ...]]:
-    """Return the texts and files that make the folder a model: config, tokenizer, template."""
+def _model_files(run: Run) -> dict[str, bytes]:
+    """Return what makes the folder a model: config, tokenizer, chat template."""
     folder = run.config.data.tokenizer
     special: dict[str, int] = {}
-    copies: tuple[Path, ...] = ()
+    files: dict[str, bytes] = {}
     if folder.is_dir():
         tokenizer = load_tokenizer(folder)
         found = {"bos_token_id": tokenizer.bos_id(), "eos_token_id": tokenizer.eos_id()}
         special = {k: v for k, v in found.items() if v >= 0}
-        copies = tuple(sorted(p for p in folder.iterdir() if p.is_file() and p.name not in _OURS))
-    dtype = next(p for _, p in run.state.all_parameters()).dtype
-    config = run.state.parts[0].config.to_hf(**special, dtype=str(dtype).removeprefix("torch."))
-    texts = {"config.json": config, "generation_config.json": special}
-    return {n: json.dumps(t, indent=2) + "\n" for n, t in texts.items()}, copies
+        files = {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.is_file()}
+        files.pop(MANIFEST, None)
+    dtype = str(next(p for _, p in run.state.all_parameters()).dtype).removeprefix("torch.")
+    config = run.state.parts[0].config.to_hf(**special, dtype=dtype)
+    return {**files, "config.json": as_json(config), "generation_config.json": as_json(special)}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .mesh import Meshes
+from .optim import owners_of
 
 if TYPE_CHECKING:
     from .model import Decoder
@@ -23,15 +24,10 @@ HEAD = "lm_head.weight"
 
 @dataclass(slots=True)
 class LossScale:
-    """The factor that keeps float16 gradients from vanishing; 1 for every other precision.
-
-    Attributes:
-        value: the factor now.
-        good: steps since it last changed.
-    """
+    """The factor that keeps float16 gradients from vanishing; 1 for every other precision."""
 
     value: float = 1.0
-    good: int = 0
+    good: int = 0  # steps since it last changed
 
     def update(self, finite: bool) -> None:
         """Halve after an overflow, double after 2000 good steps (as torch's GradScaler)."""
@@ -44,25 +40,16 @@ class LossScale:
 
 @dataclass(slots=True)
 class TrainState:
-    """A rank's share of a run.
-
-    Attributes:
-        meshes: of the run.
-        parts: this rank's pipeline stages, in the order of their layers; one without a pipeline.
-        optimizers: each has some of the tensors of ``slots``.
-        slots: parameter name to the tensor whose state an optimizer keeps: the parameter itself,
-            or with ZeRO-1 this rank's shard of it. Parameters that are not trained have none.
-        step: optimizer steps done.
-        tokens: labels counted so far.
-        scale: of float16.
-    """
+    """A rank's share of a run."""
 
     meshes: Meshes
-    parts: list[Decoder]
+    parts: list[Decoder]  # pipeline stages, in the order of their layers; one without a pipeline
     optimizers: list[torch.optim.Optimizer] = field(default_factory=list)
+    # what optimizers keep states of, by parameter name: the trained parameter itself, or with
+    # ZeRO 1 this rank's shard of it
     slots: dict[str, Tensor] = field(default_factory=dict)
-    step: int = 0
-    tokens: int = 0
+    step: int = 0  # optimizer steps done
+    tokens: int = 0  # labels counted so far
     scale: LossScale = field(default_factory=LossScale)
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -88,11 +75,7 @@ class TrainState:
     def _tied(self) -> bool:
         return self.parts[0].config.tie_word_embeddings
 
-    def optimizer_state(self, name: str) -> dict[str, Tensor]:
-        """Return the live optimizer state of a parameter (``exp_avg``, ...); empty before the first
-        step, and filled by loading a checkpoint into it."""
-        slot = self.slots[name]
-        for optimizer in self.optimizers:
-            if any(slot is p for group in optimizer.param_groups for p in group["params"]):
-                return optimizer.state[slot]
-        return {}
+    def optimizer_states(self) -> dict[str, dict[str, Tensor]]:
+        """Return the live optimizer states (``exp_avg``, ...) by parameter; empty at first."""
+        owners = owners_of(self.optimizers)
+        return {name: owners[id(slot)].state[slot] for name, slot in self.slots.items()}

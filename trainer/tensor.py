@@ -15,17 +15,17 @@ from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
     PrepareModuleInput,
-    PrepareModuleOutput,
+    PrepareModuleInputOutput,
     RowwiseParallel,
     parallelize_module,
 )
 from torch.distributed.tensor.placement_types import Partial
 
+from .attention import RMSNorm
 from .mesh import Meshes
 from .model import Decoder, Layer
 from .moe import Experts, MoE
-from .norm import RMSNorm
-from .sections import ParallelConfig
+from .settings.sections import ParallelConfig
 
 _GATHERED = {"gate_proj": Shard(1), "up_proj": Shard(1), "down_proj": Shard(2)}
 
@@ -41,7 +41,7 @@ class _Whole(ParallelStyle):
         self.partial = partial
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        _distribute(module, device_mesh, {}, [Replicate()])
+        _distribute(module, device_mesh, {})
         if isinstance(module, RMSNorm):
             module.partial = self.partial
         return module
@@ -60,7 +60,7 @@ def cut_experts(part: Decoder, meshes: Meshes) -> None:
                 name: [*([Shard(0)] if ep else []), *([cut] if tp else [])]
                 for name, cut in _GATHERED.items()
             }
-            _distribute(module, mesh, cuts, [])
+            _distribute(module, mesh, cuts)
         elif isinstance(module, MoE) and ep:
             module.mesh = meshes.sub("ep")
 
@@ -104,43 +104,25 @@ def _layer_plan(layer: Layer, between: Placement, norm: _Whole) -> dict[str, Par
     if layer.self_attn.normed:
         plan |= {f"self_attn.{name}": _Whole(partial=True) for name in ("q_norm", "k_norm")}
     feed = layer.feed
-    inputs = PrepareModuleInput(input_layouts=(between,), desired_input_layouts=(whole,))
     if isinstance(layer.feed_forward, MoE):
-        plan[feed] = _Both(
-            inputs, PrepareModuleOutput(output_layouts=Partial(), desired_output_layouts=between)
+        plan[feed] = PrepareModuleInputOutput(
+            input_layouts=(between,),
+            desired_input_layouts=(whole,),
+            output_layouts=Partial(),
+            desired_output_layouts=between,
         )
         plan[f"{feed}.gate"] = _Whole(partial=True)
         return plan
-    plan[feed] = inputs
+    plan[feed] = PrepareModuleInput(input_layouts=(between,), desired_input_layouts=(whole,))
     plan[f"{feed}.gate_proj"] = plan[f"{feed}.up_proj"] = ColwiseParallel()
     plan[f"{feed}.down_proj"] = RowwiseParallel(output_layouts=between)
     return plan
 
 
-class _Both(ParallelStyle):
-    """Two styles of one module."""
-
-    def __init__(self, *styles: ParallelStyle) -> None:
-        super().__init__()
-        self.styles = styles
-
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        for style in self.styles:
-            style._apply(module, device_mesh)
-        return module
-
-
-def _distribute(
-    module: nn.Module,
-    mesh: DeviceMesh,
-    cuts: dict[str, list[Placement]],
-    otherwise: list[Placement],
-) -> None:
-    """Replace a module's own parameters by ``DTensor`` ones; nothing is sent."""
+def _distribute(module: nn.Module, mesh: DeviceMesh, cuts: dict[str, list[Placement]]) -> None:
+    """Replace a module's own parameters by ``DTensor`` ones, whole unless cut; nothing is sent."""
     for name, parameter in list(module.named_parameters(recurse=False)):
-        if isinstance(parameter, DTensor):
-            continue
-        whole = distribute_tensor(
-            parameter.detach(), mesh, cuts.get(name, otherwise), src_data_rank=None
-        )
-        module.register_parameter(name, nn.Parameter(whole, parameter.requires_grad))
+        if not isinstance(parameter, DTensor):
+            placements = cuts.get(name) or [Replicate()]
+            whole = distribute_tensor(parameter.detach(), mesh, placements, src_data_rank=None)
+            module.register_parameter(name, nn.Parameter(whole, parameter.requires_grad))

@@ -8,7 +8,7 @@ another framework.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,77 +21,64 @@ from ..errors import ConfigError
 from ..shardio.checkpoint import Checkpoint
 from ..shardio.training_file import FILE as TRAINING_FILE
 from .checkpoint import Content
-from .init import source_name
-from .optim import PEAK
-from .pieces import Piece, pieces_of, whole_names
+from .init import load_weights, read_into, source_name
+from .moe import expert_names
+from .optim import PEAK, owners_of
+from .shards import Piece, pieces_of
 from .state import TrainState
-from .weights import read_into
 
 OWN_FILE = "trainer.json"
 _VERSION = 1
-_MASTER = "master"
 _KINDS: dict[type, tuple[str, ...]] = {
     torch.optim.AdamW: ("exp_avg", "exp_avg_sq"),
     torch.optim.Muon: ("momentum_buffer",),
 }
 
 
-def content_of(
-    state: TrainState,
-    own: Mapping[str, Any],
-    texts: Mapping[str, str],
-    copies: tuple[Path, ...] = (),
-) -> Content:
+def content_of(state: TrainState, own: Mapping[str, Any], files: Mapping[str, bytes]) -> Content:
     """Return what this rank has to save; every rank calls this.
 
     Args:
         state: the rank's.
         own: the trainer's further settings, for ``trainer.json``.
-        texts, copies: further files.
+        files: name to contents of further files.
     """
-    config = state.parts[0].config
-    weights = [
-        piece for name, p in state.parameters().items() for piece in pieces_of(name, p, config)
-    ]
+    config, saved = state.parts[0].config, state.parameters()
+    weights = [piece for name, p in saved.items() for piece in pieces_of(name, p, config)]
     states: list[Piece] = []
-    steps: set[int] = set()
-    for name in _trained(state):
-        for kind, value in state.optimizer_state(name).items():
+    updates = state.step
+    for name, found in state.optimizer_states().items():
+        for kind, value in found.items() if name in saved else ():
             if kind == "step":
-                steps.add(int(value))
+                updates = int(value)
             elif isinstance(value, Tensor):
                 states += [
                     replace(piece, name=f"optim.state.{piece.name}.{kind}")
                     for piece in pieces_of(name, value, config)
                 ]
-    first = state.meshes.world.get_rank() == 0
-    groups = _groups(state)
-    if first:
-        step = max(steps, default=state.step)
-        groups = [{**g, "step": step} for g in groups]
-        training = {"version": 1, "step": state.step, "scalars": {"param_groups": groups}}
-        mine = {
-            "version": _VERSION,
-            "step": state.step,
-            "tokens": state.tokens,
-            "loss_scale": [state.scale.value, state.scale.good],
-            "layout": str(state.meshes.degrees),
-            **own,
-        }
-        texts = {
-            **texts,
-            TRAINING_FILE: json.dumps(training, indent=1) + "\n",
-            OWN_FILE: json.dumps(mine, indent=1) + "\n",
-        }
-    return Content(weights, states, texts if first else {}, copies if first else ())
+    groups = [{**group, "step": updates} for group in _groups(state)]
+    if state.meshes.world.get_rank() != 0:
+        return Content(weights, states)
+    training = {"version": 1, "step": state.step, "scalars": {"param_groups": groups}}
+    mine = {
+        "version": _VERSION,
+        "step": state.step,
+        "tokens": state.tokens,
+        "loss_scale": [state.scale.value, state.scale.good],
+        "layout": str(state.meshes.degrees),
+        **own,
+    }
+    made = {TRAINING_FILE: as_json(training), OWN_FILE: as_json(mine)}
+    return Content(weights, states, {**files, **made})
+
+
+def as_json(value: object) -> bytes:
+    """Return the contents of a JSON file."""
+    return (json.dumps(value, indent=2) + "\n").encode()
 
 
 def read_own(folder: Path) -> dict[str, Any]:
-    """Return ``trainer.json``; empty where another program wrote the checkpoint.
-
-    Raises:
-        ConfigError: it is unreadable.
-    """
+    """Return ``trainer.json``; empty where another program wrote the checkpoint."""
     path = folder / OWN_FILE
     if not path.is_file():
         return {}
@@ -107,40 +94,24 @@ def read_own(folder: Path) -> dict[str, Any]:
 def load_parameters(state: TrainState, ckpt: Checkpoint) -> None:
     """Fill this rank's parameters, adapters too; fp32 masters where the parameters can hold them.
 
-    Args:
-        state: of the rank.
-        ckpt: with Hugging Face names.
-
     Raises:
         ConfigError: tensors are missing or of another shape.
     """
-    weights = dict(ckpt.weights)
-    if _dtype(state) in (torch.float32, torch.float64):
-        weights |= ckpt.optimizer.get(_MASTER, {})
-    weights |= {alias: weights[owner] for alias, owner in ckpt.tied.items() if owner in weights}
-    for part in state.parts:
-        for name, parameter in part.named_parameters():
-            read_into(parameter, source_name(part, name), part.config, weights, ckpt.path)
+    wide = next(p for _, p in state.all_parameters()).dtype in (torch.float32, torch.float64)
+    masters = ckpt.optimizer.get("master", {}) if wide else {}
+    load_weights(state.parts, replace(ckpt, weights={**ckpt.weights, **masters}), adapters=True)
 
 
 def load_optimizer(state: TrainState, ckpt: Checkpoint, step: int) -> None:
-    """Fill this rank's optimizer states.
+    """Fill this rank's optimizer states from ``ckpt``, which has Hugging Face names.
 
-    Args:
-        state: whose optimizers have not stepped yet.
-        ckpt: with Hugging Face names, and the moments of every trained parameter.
-        step: updates done so far, for Adam's bias correction.
+    ``step`` says how many updates were done, for Adam's bias correction.
 
     Raises:
         ConfigError: moments are missing or of another shape.
     """
     part = state.parts[0]
-    owners = {
-        id(p): optimizer
-        for optimizer in state.optimizers
-        for group in optimizer.param_groups
-        for p in group["params"]
-    }
+    owners = owners_of(state.optimizers)
     for name, slot in state.slots.items():
         optimizer = owners[id(slot)]
         for kind in _KINDS[type(optimizer)]:
@@ -160,19 +131,13 @@ def load_optimizer(state: TrainState, ckpt: Checkpoint, step: int) -> None:
             optimizer.state[slot]["step"] = torch.tensor(float(step), device=device)
 
 
-# -- details ---------------------------------------------------------------------------------------
-
-
-def _trained(state: TrainState) -> Iterable[str]:
-    """Names whose states are saved: the tied copy's are those of the embedding."""
-    known = state.parameters()
-    return (name for name in state.slots if name in known)
-
-
 def _groups(state: TrainState) -> list[dict[str, Any]]:
-    """Return the optimizers' groups over all ranks, with the names of their parameters."""
-    config = state.parts[0].config
-    names = {id(slot): n for n, slot in state.slots.items() if n in set(_trained(state))}
+    """Return the optimizers' groups over all ranks, with the names of their parameters.
+
+    The tied copy of a last stage is left out: its states are those of the embedding.
+    """
+    config, saved = state.parts[0].config, state.parameters()
+    names = {id(slot): n for n, slot in state.slots.items() if n in saved}
     mine: list[tuple[str, list[str]]] = []
     for optimizer in state.optimizers:
         for group in optimizer.param_groups:
@@ -183,20 +148,12 @@ def _groups(state: TrainState) -> list[dict[str, Any]]:
             }
             plain["optimizer"] = type(optimizer).__name__
             held = [names[id(p)] for p in group["params"] if id(p) in names]
-            whole = whole_names(held, config)
-            text = json.dumps(plain, sort_keys=True)
-            mine.append((text, [n for name in held for n in whole[name]]))
-    everyone: list[Any] = [None] * state.meshes.world.size()
-    if len(everyone) > 1:
-        dist.all_gather_object(everyone, mine)
-    else:
-        everyone = [mine]
+            whole = [n for name in held for n in expert_names(config, name) or [name]]
+            mine.append((json.dumps(plain, sort_keys=True), whole))
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
     merged: dict[str, dict[str, None]] = {}
     for ranks in everyone:
         for text, held in ranks:
             merged.setdefault(text, {}).update(dict.fromkeys(held))
     return [{**json.loads(text), "params": list(held)} for text, held in merged.items()]
-
-
-def _dtype(state: TrainState) -> torch.dtype:
-    return next(p for _, p in state.all_parameters()).dtype

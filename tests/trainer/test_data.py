@@ -14,16 +14,10 @@ torch = pytest.importorskip("torch")
 
 from mconv.errors import ConfigError, FormatError  # noqa: E402
 from mconv.trainer.batch import IGNORE, Batch  # noqa: E402
-from mconv.trainer.data import (  # noqa: E402
-    TokenData,
-    open_data,
-    open_tokens,
-    permuted,
-    prepare,
-    token_path,
-)
-from mconv.trainer.sections import DataConfig  # noqa: E402
+from mconv.trainer.data import TokenData, permuted  # noqa: E402
+from mconv.trainer.settings.sections import DataConfig  # noqa: E402
 from mconv.trainer.text.pack import pack  # noqa: E402
+from mconv.trainer.text.source import open_data, open_tokens, prepare, token_path  # noqa: E402
 from mconv.trainer.text.token_file import (  # noqa: E402
     TokenFile,
     open_token_file,

@@ -14,10 +14,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from mconv.trainer.config import RunConfig  # noqa: E402
-from mconv.trainer.degrees import resolve  # noqa: E402
 from mconv.trainer.loop import new_run, one_step  # noqa: E402
 from mconv.trainer.mesh import DP, build_meshes, process_group  # noqa: E402
+from mconv.trainer.settings import RunConfig  # noqa: E402
+from mconv.trainer.settings.degrees import resolve  # noqa: E402
 
 from .ranks import Ranks  # noqa: E402
 from .toys import FULL_TP, Check, ToyData, run_config, world_size  # noqa: E402

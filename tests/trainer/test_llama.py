@@ -10,7 +10,7 @@ transformers = pytest.importorskip("transformers")
 from mconv.errors import ConfigError  # noqa: E402
 from mconv.trainer.init import materialize  # noqa: E402
 from mconv.trainer.model import Decoder  # noqa: E402
-from mconv.trainer.model_config import ModelConfig  # noqa: E402
+from mconv.trainer.settings.model import ModelConfig  # noqa: E402
 
 SIZES = {"vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2}
 CASES = {

@@ -13,20 +13,28 @@ torch = pytest.importorskip("torch")
 from mconv.errors import ConfigError, TrainError  # noqa: E402
 from mconv.shardio import open_checkpoint  # noqa: E402
 from mconv.trainer.checkpoint import step_folder  # noqa: E402
-from mconv.trainer.config import RunConfig, dump_config  # noqa: E402
-from mconv.trainer.data import open_tokens  # noqa: E402
 from mconv.trainer.delivery.demo import documents  # noqa: E402
 from mconv.trainer.delivery.proof import load_model  # noqa: E402
 from mconv.trainer.init import materialize  # noqa: E402
 from mconv.trainer.launch import launch  # noqa: E402
 from mconv.trainer.metrics import read_metrics  # noqa: E402
 from mconv.trainer.model import Decoder  # noqa: E402
-from mconv.trainer.model_config import ModelConfig  # noqa: E402
-from mconv.trainer.schedule import rate  # noqa: E402
-from mconv.trainer.sections import DataConfig, OptimConfig, SaveConfig, ScheduleConfig, TrainConfig  # noqa: E402
+from mconv.trainer.optim import rate  # noqa: E402
+from mconv.trainer.settings import RunConfig  # noqa: E402
+from mconv.trainer.settings.model import ModelConfig  # noqa: E402
+from mconv.trainer.settings.sections import (  # noqa: E402
+    DataConfig,
+    OptimConfig,
+    SaveConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+from mconv.trainer.text.source import open_tokens  # noqa: E402
 from mconv.trainer.text.token_file import write_tokens  # noqa: E402
 from mconv.trainer.text.tokenizer import encode_documents  # noqa: E402
 from mconv.trainer.text.train_tokenizer import train_tokenizer  # noqa: E402
+
+from .toys import dump_config  # noqa: E402
 
 
 def prepared(folder: Path) -> RunConfig:

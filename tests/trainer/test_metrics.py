@@ -21,7 +21,6 @@ torch = pytest.importorskip("torch")
 from mconv.cli import cli  # noqa: E402
 from mconv.errors import ConfigError, TrainError  # noqa: E402
 from mconv.trainer.data import TokenData  # noqa: E402
-from mconv.trainer.degrees import resolve  # noqa: E402
 from mconv.trainer.loop import new_run, run_steps  # noqa: E402
 from mconv.trainer.measure.eval import validation_loss  # noqa: E402
 from mconv.trainer.measure.plot import panels, plot, svg, ticks  # noqa: E402
@@ -35,7 +34,8 @@ from mconv.trainer.metrics import (  # noqa: E402
     read_metrics,
 )
 from mconv.trainer.planning.flops import flops_per_token, peak_flops  # noqa: E402
-from mconv.trainer.sections import EvalConfig, LogConfig, SaveConfig  # noqa: E402
+from mconv.trainer.settings.degrees import resolve  # noqa: E402
+from mconv.trainer.settings.sections import EvalConfig, LogConfig, SaveConfig  # noqa: E402
 from mconv.trainer.text.token_file import TokenFile  # noqa: E402
 
 from .ranks import Ranks  # noqa: E402
@@ -84,7 +84,7 @@ def test_work_per_token_is_what_torch_counts(model: str) -> None:
 
 def test_frozen_weights_are_less_work() -> None:
     from mconv.trainer.lora.adapters import add_adapters
-    from mconv.trainer.sections import LoraConfig
+    from mconv.trainer.settings.sections import LoraConfig
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -172,7 +172,7 @@ def test_validation_counts_every_row_once(ranks: Ranks, layout: dict[str, Any]) 
 
 
 def test_takers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mconv.trainer.metrics import sinks
+    from mconv.trainer.measure.sinks import sinks
 
     told: list[Any] = []
     run = SimpleNamespace(log=lambda numbers, step: told.append((step, numbers)))

@@ -8,7 +8,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from mconv.trainer.model import Decoder  # noqa: E402
-from mconv.trainer.model_config import ModelConfig  # noqa: E402
+from mconv.trainer.settings.model import ModelConfig  # noqa: E402
 
 SIZES = {"vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 6, "num_key_value_heads": 2}

@@ -13,13 +13,13 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from mconv.trainer.build import build_state  # noqa: E402
-from mconv.trainer.config import RunConfig  # noqa: E402
-from mconv.trainer.degrees import resolve  # noqa: E402
 from mconv.trainer.loop import new_run, one_step  # noqa: E402
 from mconv.trainer.mesh import build_meshes, process_group  # noqa: E402
 from mconv.trainer.moe import MoE  # noqa: E402
-from mconv.trainer.schedule import rate  # noqa: E402
-from mconv.trainer.sections import ScheduleConfig  # noqa: E402
+from mconv.trainer.optim import rate  # noqa: E402
+from mconv.trainer.settings import RunConfig  # noqa: E402
+from mconv.trainer.settings.degrees import resolve  # noqa: E402
+from mconv.trainer.settings.sections import ScheduleConfig  # noqa: E402
 from mconv.trainer.state import LossScale  # noqa: E402
 
 from .ranks import Ranks  # noqa: E402

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from mconv.errors import ConfigError, FormatError, OutputError
 from mconv.shardio import Layout, open_checkpoint
-from mconv.trainer import checkpoint, resume, shard_file
-from mconv.trainer.config import RunConfig
-from mconv.trainer.degrees import resolve
+from mconv.trainer import checkpoint, resume, shards
 from mconv.trainer.hooks import Hook, Run
 from mconv.trainer.loop import new_run, one_step, run_steps
 from mconv.trainer.mesh import build_meshes, process_group
-from mconv.trainer.pieces import assign
+from mconv.trainer.settings import RunConfig
+from mconv.trainer.settings.degrees import resolve
+from mconv.trainer.shards import assign
 
 from .ranks import Ranks
 from .toys import ToyData, run_config
@@ -153,7 +153,7 @@ def killed(rank: int, world: int, store: Path, config: RunConfig) -> None:
         one_step(run)
         hook.save(run)
         one_step(run)
-        write = shard_file.write_pieces
+        write = shards.write_pieces
 
         def dying(path: Path, pieces: Any) -> tuple[int, int]:
             if rank == 1 and "-model-00002" in path.name:
@@ -184,7 +184,7 @@ def failing(rank: int, world: int, store: Path, config: RunConfig) -> str:
         def full(path: Path, pieces: Any) -> tuple[int, int]:
             if rank == 1:
                 raise OSError(28, "No space left on device")
-            return shard_file.write_pieces(path, pieces)
+            return shards.write_pieces(path, pieces)
 
         checkpoint.write_pieces = full
         try:
@@ -231,7 +231,7 @@ def test_a_broken_newest_checkpoint_is_passed_over(ranks: Ranks, tmp_path: Path)
     ranks(ran, 1, config, 2, 3)
     file = tmp_path / "run" / "step-00000003" / "shard-00001-model-00002-of-00002.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-    found, notes = resume.newest(tmp_path / "run")
+    found, notes = checkpoint.newest(tmp_path / "run")
     assert found == tmp_path / "run" / "step-00000002"
     assert "shard-00001-model-00002" in notes[0]
     with pytest.raises(FormatError):
@@ -275,8 +275,6 @@ def refused(rank: int, world: int, store: Path, config: RunConfig) -> str:
     [
         ({"batch": 4}, "was trained with train.batch=8"),
         ({"resume": "/nowhere/step-1"}, "no such file or folder"),
-        ({"formats": ("shard",)}, "did you mean 'shards'"),
-        ({"formats": ("dcp",)}, 'must have "shards"'),
     ],
 )
 def test_refusals(ranks: Ranks, tmp_path: Path, change: dict[str, Any], words: str) -> None:
@@ -288,6 +286,22 @@ def test_refusals(ranks: Ranks, tmp_path: Path, change: dict[str, Any], words: s
         config, train=replace(config.train, **train), save=replace(config.save, **save)
     )
     assert words in ranks(refused, 1, changed)[0]
+
+
+@pytest.mark.parametrize(
+    ("formats", "words"),
+    [
+        (("shards", "shard"), "did you mean 'shards'"),
+        (("dcp",), 'must have "shards"'),
+        (("shards", "dcp"), "no place for single experts"),
+    ],
+)
+def test_impossible_formats_are_refused(
+    tmp_path: Path, formats: tuple[str, ...], words: str
+) -> None:
+    config = settings(tmp_path / "run", "moe", {})
+    with pytest.raises(ConfigError, match=words):
+        resolve(replace(config, save=replace(config.save, formats=formats)), 1)
 
 
 def exported(rank: int, world: int, store: Path, config: RunConfig) -> str:

@@ -18,14 +18,14 @@ import mconv  # noqa: E402
 from mconv.convert.to_gguf import to_gguf  # noqa: E402
 from mconv.shardio import Layout, open_checkpoint  # noqa: E402
 from mconv.trainer.checkpoint import step_folder  # noqa: E402
-from mconv.trainer.config import RunConfig  # noqa: E402
-from mconv.trainer.degrees import resolve  # noqa: E402
 from mconv.trainer.delivery.demo import documents  # noqa: E402
 from mconv.trainer.loop import new_run, one_step  # noqa: E402
 from mconv.trainer.mesh import build_meshes, process_group  # noqa: E402
-from mconv.trainer.pieces import pieces_of  # noqa: E402
 from mconv.trainer.resume import CheckpointHook  # noqa: E402
-from mconv.trainer.sections import LoraConfig, ParallelConfig  # noqa: E402
+from mconv.trainer.settings import RunConfig  # noqa: E402
+from mconv.trainer.settings.degrees import resolve  # noqa: E402
+from mconv.trainer.settings.sections import LoraConfig, ParallelConfig  # noqa: E402
+from mconv.trainer.shards import pieces_of  # noqa: E402
 from mconv.trainer.state import LossScale  # noqa: E402
 from mconv.trainer.text.train_tokenizer import train_tokenizer  # noqa: E402
 

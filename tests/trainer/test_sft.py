@@ -16,15 +16,14 @@ from mconv.convert.quantize import QuantizeOptions  # noqa: E402
 from mconv.convert.to_gguf import to_gguf  # noqa: E402
 from mconv.shardio import open_checkpoint  # noqa: E402
 from mconv.trainer.batch import IGNORE  # noqa: E402
-from mconv.trainer.config import RunConfig, dump_config, load_config  # noqa: E402
-from mconv.trainer.data import open_data, prepare  # noqa: E402
-from mconv.trainer.degrees import resolve  # noqa: E402
 from mconv.trainer.delivery.demo import documents  # noqa: E402
 from mconv.trainer.loop import train  # noqa: E402
 from mconv.trainer.mesh import build_meshes, process_group  # noqa: E402
 from mconv.trainer.metrics import read_evaluations, read_metrics  # noqa: E402
-from mconv.trainer.model_config import ModelConfig  # noqa: E402
-from mconv.trainer.sections import (  # noqa: E402
+from mconv.trainer.settings import RunConfig, load_config  # noqa: E402
+from mconv.trainer.settings.degrees import resolve  # noqa: E402
+from mconv.trainer.settings.model import ModelConfig  # noqa: E402
+from mconv.trainer.settings.sections import (  # noqa: E402
     DataConfig,
     EvalConfig,
     ImatrixConfig,
@@ -33,11 +32,12 @@ from mconv.trainer.sections import (  # noqa: E402
     SaveConfig,
     TrainConfig,
 )
+from mconv.trainer.text.source import open_data, prepare  # noqa: E402
 from mconv.trainer.text.tokenizer import load_tokenizer  # noqa: E402
 from mconv.trainer.text.train_tokenizer import train_tokenizer  # noqa: E402
 
 from .ranks import Ranks  # noqa: E402
-from .toys import plain_model, run_config  # noqa: E402
+from .toys import dump_config, plain_model, run_config  # noqa: E402
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token }}Q: {{ m.content }}\nA:"

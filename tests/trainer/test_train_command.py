@@ -161,21 +161,56 @@ main(["train", *sys.argv[2:]])
 """
 
 
+def dying_run(prepared: Path, name: str, dead: str) -> list[str]:
+    """Return script and arguments of a run whose rank 1 dies once, in its fourth step."""
+    script = prepared / "dying.py"
+    script.write_text(DYING)
+    values = (f"save.folder={name}", "save.every=3", "train.steps=5")
+    settings = [word for value in values for word in ("--set", value)]
+    return [str(script), str(prepared / dead), str(prepared / "run.toml"), *settings]
+
+
+def check_it_went_on(folder: Path) -> None:
+    assert [m.step for m in read_metrics(folder)] == [1, 2, 3, 4, 5]
+    assert [p.name for p in sorted(folder.glob("step-*"))] == ["step-00000003", "step-00000005"]
+
+
 def test_torchrun_starts_again_after_a_death(prepared: Path) -> None:
     """A rank dies in its fourth step; torchrun starts both again, from the third's checkpoint.
 
     On gloo the second start once met stale keys of the first one's store (pytorch#135712).
     """
-    script, folder = prepared / "dying.py", prepared / "restarted"
-    script.write_text(DYING)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=1"]
-    run = [str(script), str(prepared / "died"), str(prepared / "run.toml")]
-    values = ("save.folder=restarted", "save.every=3", "train.steps=5")
-    settings = [word for value in values for word in ("--set", value)]
-    done = subprocess.run(
-        [*torchrun, "--nproc-per-node=2", *run, *settings], capture_output=True, timeout=200
-    )
+    run = dying_run(prepared, "restarted", "died")
+    done = subprocess.run([*torchrun, "--nproc-per-node=2", *run], capture_output=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (prepared / "died").exists()
-    assert [m.step for m in read_metrics(folder)] == [1, 2, 3, 4, 5]
-    assert [p.name for p in sorted(folder.glob("step-*"))] == ["step-00000003", "step-00000005"]
+    check_it_went_on(prepared / "restarted")
+
+
+def test_two_machines_start_again_after_a_death(prepared: Path) -> None:
+    """Two agents, as on two machines, meet by c10d; the rank of one dies, and both go on.
+
+    Their ranks meet without the agents' store, as ``docs/training.md`` says: it outlives them.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+    torchrun += ["--max-restarts=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]
+    command = [*torchrun, "--rdzv-id=two", "--local-addr=127.0.0.1"]
+    command += dying_run(prepared, "machines", "died-too")
+    env = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    agents = []
+    try:
+        for number in range(2):
+            with (prepared / f"agent-{number}.log").open("wb") as log:
+                agents.append(subprocess.Popen(command, env=env, stdout=log, stderr=log))
+        codes = [agent.wait(200) for agent in agents]
+    finally:
+        for agent in agents:
+            agent.kill()
+    said = "".join((prepared / f"agent-{n}.log").read_text()[-1500:] for n in range(2))
+    assert codes == [0, 0], said
+    assert (prepared / "died-too").exists()
+    check_it_went_on(prepared / "machines")

@@ -13,12 +13,15 @@ torch = pytest.importorskip("torch")
 
 from mconv.errors import ConfigError  # noqa: E402
 from mconv.trainer.build import build_state  # noqa: E402
-from mconv.trainer.clip import settle, total_norm  # noqa: E402
-from mconv.trainer.config import RunConfig  # noqa: E402
-from mconv.trainer.degrees import resolve  # noqa: E402
 from mconv.trainer.loop import new_run, one_step  # noqa: E402
 from mconv.trainer.mesh import DP, FSDP, build_meshes, process_group  # noqa: E402
-from mconv.trainer.optim import shards  # noqa: E402
+from mconv.trainer.optim import (  # noqa: E402
+    settle,
+    shards,
+    total_norm,
+)
+from mconv.trainer.settings import RunConfig  # noqa: E402
+from mconv.trainer.settings.degrees import resolve  # noqa: E402
 from torch.distributed.fsdp import FSDPModule  # noqa: E402
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor  # noqa: E402
 
@@ -206,8 +209,9 @@ def zero1_shards(rank: int, world: int, store: Path, config: RunConfig) -> dict[
     with process_group(rank, world, store):
         run = new_run(config, build_meshes(resolve(config, world), "cpu"), ToyData(config))
         one_step(run)
+        states = run.state.optimizer_states()
         for name, parameter in run.state.parameters().items():
-            moments = run.state.optimizer_state(name)["exp_avg"]
+            moments = states[name]["exp_avg"]
             assert tuple(moments.shape) == tuple(parameter.shape)
         again = shards(run.state.parameters(), run.state.meshes.replicating())
         return {

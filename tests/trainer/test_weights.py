@@ -16,12 +16,12 @@ pytest.importorskip("safetensors")
 from mconv.convert.to_gguf import to_gguf  # noqa: E402
 from mconv.errors import ConfigError  # noqa: E402
 from mconv.trainer.build import build_state  # noqa: E402
-from mconv.trainer.config import RunConfig, load_config  # noqa: E402
-from mconv.trainer.degrees import resolve  # noqa: E402
 from mconv.trainer.delivery.demo import documents  # noqa: E402
 from mconv.trainer.mesh import build_meshes, process_group  # noqa: E402
-from mconv.trainer.model_config import ModelConfig  # noqa: E402
 from mconv.trainer.moe import expert_names  # noqa: E402
+from mconv.trainer.settings import RunConfig, load_config  # noqa: E402
+from mconv.trainer.settings.degrees import resolve  # noqa: E402
+from mconv.trainer.settings.model import ModelConfig  # noqa: E402
 from mconv.trainer.text.train_tokenizer import train_tokenizer  # noqa: E402
 from safetensors.numpy import save_file  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
@@ -98,7 +98,7 @@ def test_gguf(ranks: Ranks, tmp_path: Path) -> None:
 
 
 def test_misfits_are_named(tmp_path: Path) -> None:
-    from mconv.trainer.weights import load_weights, open_weights
+    from mconv.trainer.init import load_weights, open_weights
 
     config = run_config("tied")
     write_hf(tmp_path / "hf", config.model, 1)

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from mconv.trainer.batch import IGNORE, Batch
-from mconv.trainer.config import RunConfig
-from mconv.trainer.degrees import resolve
 from mconv.trainer.init import materialize
 from mconv.trainer.mesh import build_meshes, process_group
 from mconv.trainer.model import Decoder
-from mconv.trainer.model_config import ModelConfig
-from mconv.trainer.schedule import rate
-from mconv.trainer.sections import (
+from mconv.trainer.optim import rate
+from mconv.trainer.settings import RunConfig
+from mconv.trainer.settings.degrees import resolve
+from mconv.trainer.settings.model import ModelConfig
+from mconv.trainer.settings.sections import (
     DataConfig,
     OptimConfig,
     ParallelConfig,
@@ -211,3 +212,35 @@ def check(
     config = run_config(model, train, **layout)
     for one in ranks(trained, world or world_size(layout), config, packed):
         np.testing.assert_allclose(one, _FOUND[plain, packed], rtol=tolerance, atol=0)
+
+
+def dump_config(config: RunConfig, folder: Path) -> str:
+    """Return the TOML text that ``load_config`` reads back as ``config`` from a file in ``folder``.
+
+    Paths inside the (absolute) folder are written relative to it.
+    """
+    return "\n".join(
+        line for name, section in asdict(config).items() for line in _table(name, section, folder)
+    )
+
+
+def _table(name: str, section: Mapping[str, Any], folder: Path) -> list[str]:
+    plain = {k: v for k, v in section.items() if v is not None and not isinstance(v, dict)}
+    lines = [f"[{name}]", *(f"{key} = {_toml(value, folder)}" for key, value in plain.items()), ""]
+    for key, value in section.items():
+        if isinstance(value, dict):
+            lines += _table(f"{name}.{key}", value, folder)
+    return lines
+
+
+def _toml(value: object, folder: Path) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, tuple):
+        return f"[{', '.join(_toml(v, folder) for v in value)}]"
+    if isinstance(value, Path):
+        inside = value.relative_to(folder) if value.is_relative_to(folder) else value
+        return json.dumps(inside.as_posix(), ensure_ascii=False)  # TOML's escapes are JSON's
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    return repr(value)

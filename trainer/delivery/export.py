@@ -8,10 +8,11 @@ measured with the trained model's own arithmetic on the weights that each GGUF f
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -26,8 +27,8 @@ from ...convert.reshard import reshard
 from ...convert.to_gguf import to_gguf
 from ...shardio import Checkpoint, open_checkpoint
 from ...shardio.peft import merge_adapter
-from ..checkpoint import MANIFEST
-from ..config import RunConfig
+from ..checkpoint import MANIFEST, step_folder
+from ..settings import RunConfig
 from .proof import (
     Proof,
     gguf_equals_model,
@@ -38,9 +39,7 @@ from .proof import (
 )
 
 RECORD = "export.json"
-ADAPTER = "adapter"
 MODELFILE = "Modelfile"
-_IMATRIX = "imatrix.gguf"
 _EXACT = ("F32", "F16", "BF16")
 _SMALL_LOSS = {"F32": 1e-3, "F16": 1e-3, "BF16": 5e-3, "Q8_0": 1e-2}  # of the perplexity
 
@@ -54,53 +53,27 @@ class Stage:
     seconds: float
 
 
-#: Is told of every stage and proof.
-Listener = Callable[[Stage | Proof], None]
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ExportJob:
-    """What shall be made of a checkpoint.
+    """What shall be made of a finished run."""
 
-    Attributes:
-        checkpoint: of the run, shards.
-        folder: for everything that is made.
-        config: of the run.
-        types: GGUF targets, the first one is what the Modelfile is for.
-        name: of the files.
-        prompt: what llama.cpp and torch continue; empty for none.
-        wishes: for the Modelfile.
-        sample_tokens: to generate.
-    """
-
-    checkpoint: Path
-    folder: Path
     config: RunConfig
-    types: tuple[str, ...]
-    name: str
-    prompt: str = ""
-    wishes: Wishes = field(default_factory=lambda: Wishes(source=""))
-    sample_tokens: int = 64
+    types: tuple[str, ...]  # of GGUF; the Modelfile is for the first quantized one
+    folder: Path | None = None  # for everything that is made; None: export in the run's folder
+    name: str = ""  # of the files; empty: that of the run's folder
+    wishes: Wishes = field(default_factory=lambda: Wishes(source=""))  # for the Modelfile
 
 
 @dataclass(frozen=True, slots=True)
 class ExportReport:
-    """What was made.
-
-    Attributes:
-        folder: where.
-        files: GGUF file name to bytes.
-        stages, proofs: in order.
-        perplexity: of the trained model (``torch``) and of each GGUF file on the run's data.
-        text: a greedy sample after the prompt.
-    """
+    """What was made, and the perplexity of the trained model (``torch``) and of each GGUF file."""
 
     folder: Path
-    files: dict[str, int]
+    files: dict[str, int]  # GGUF file name to bytes
     stages: tuple[Stage, ...]
     proofs: tuple[Proof, ...]
     perplexity: dict[str, float]
-    text: str
+    text: str  # a greedy sample after eval.prompt
 
     @property
     def ok(self) -> bool:
@@ -108,8 +81,8 @@ class ExportReport:
         return all(proof.ok for proof in self.proofs)
 
 
-def export(job: ExportJob, tell: Listener) -> ExportReport:
-    """Make everything of a job, and prove it.
+def export(job: ExportJob, tell: Callable[[Stage | Proof], None]) -> ExportReport:
+    """Make everything of a job, and prove it; ``tell`` is told of every stage and proof.
 
     Raises:
         MconvError: the checkpoint or a target cannot be used.
@@ -120,27 +93,32 @@ def export(job: ExportJob, tell: Listener) -> ExportReport:
 class _Export:
     """The stages, one method each."""
 
-    def __init__(self, job: ExportJob, tell: Listener) -> None:
-        self.job, self.tell = job, tell
-        self.merged = job.folder / "merged"
-        self.ggufs = {t: job.folder / f"{job.name}-{t}.gguf" for t in job.types}
+    def __init__(self, job: ExportJob, tell: Callable[[Stage | Proof], None]) -> None:
+        self.config, self.wishes, self.tell = job.config, job.wishes, tell
+        run = job.config.save.folder
+        self.checkpoint = step_folder(run, job.config.train.steps)
+        self.adapter = run / "adapter" if job.config.lora.rank else None
+        self.imatrix = run / "imatrix.gguf"
+        usual = re.sub(r"[^A-Za-z0-9._-]+", "-", run.resolve().name).strip("-.") or "model"
+        self.name, self.folder = job.name or usual, job.folder or run / "export"
+        self.merged = self.folder / "merged"
+        self.ggufs = {t: self.folder / f"{self.name}-{t}.gguf" for t in job.types}
         self.stages: list[Stage] = []
         self.proofs: list[Proof] = []
         self.perplexity: dict[str, float] = {}
-        self.adapter = job.config.save.folder / ADAPTER if job.config.lora.rank else None
         self._since = time.monotonic()
         self._record = self._read_record()
 
     def run(self) -> ExportReport:
-        self.job.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         self._stage("merge", self.merged, self._merge)
         for kind, path in self.ggufs.items():
             self._stage(f"to-gguf {kind}", path, partial(self._gguf, kind))
-        self._stage(MODELFILE, self.job.folder / MODELFILE, self._modelfile)
+        self._stage(MODELFILE, self.folder / MODELFILE, self._modelfile)
         text = self._prove()
         files = {p.name: p.stat().st_size for p in self.ggufs.values()}
         stages, proofs = tuple(self.stages), tuple(self.proofs)
-        return ExportReport(self.job.folder, files, stages, proofs, self.perplexity, text)
+        return ExportReport(self.folder, files, stages, proofs, self.perplexity, text)
 
     # -- stages ------------------------------------------------------------------------------------
 
@@ -150,62 +128,39 @@ class _Export:
 
     def _source(self) -> Checkpoint:
         """The checkpoint, with the adapter of a LoRA run merged in."""
-        ckpt = open_checkpoint(self.job.checkpoint)
+        ckpt = open_checkpoint(self.checkpoint)
         if self.adapter is None:
             return ckpt
         base = {n: t for n, t in ckpt.weights.items() if ".lora_" not in n}
         return merge_adapter(replace(ckpt, weights=base, optimizer={}), self.adapter)
 
     def _gguf(self, kind: str) -> str:
-        measured = self.job.config.save.folder / _IMATRIX
-        options = QuantizeOptions(imatrix=measured if measured.is_file() else None)
+        options = QuantizeOptions(imatrix=self.imatrix if self.imatrix.is_file() else None)
         out = self.ggufs[kind]
-        to_gguf(self.merged, out, kind, name=self.job.name.capitalize(), quantization=options,
-                force=True)  # fmt: skip
+        name = self.name.capitalize()
+        to_gguf(self.merged, out, kind, name=name, quantization=options, force=True)
         return f"{out.name}, {out.stat().st_size / 1e6:,.1f} MB"
 
     def _modelfile(self) -> str:
-        first = self.ggufs[self._served()]
-        wishes = replace(self.job.wishes, source=f"./{first.name}")
-        text = emit(make_modelfile(facts_of(first), wishes).modelfile)
-        (self.job.folder / MODELFILE).write_text(text, encoding="utf-8")
-        return f"FROM ./{first.name}"
-
-    def _served(self) -> str:
-        """The type that the Modelfile names: the first that is quantized, else the first."""
-        return next((t for t in self.job.types if t not in _EXACT), self.job.types[0])
+        served = next((t for t in self.ggufs if t not in _EXACT), next(iter(self.ggufs)))
+        wishes = replace(self.wishes, source=f"./{self.ggufs[served].name}")
+        text = emit(make_modelfile(facts_of(self.ggufs[served]), wishes).modelfile)
+        (self.folder / MODELFILE).write_text(text, encoding="utf-8")
+        return f"FROM {wishes.source}"
 
     # -- proof -------------------------------------------------------------------------------------
 
     def _prove(self) -> str:
-        from ..measure.sample import greedy
-        from ..mesh import one_thread
-        from ..text.tokenizer import load_tokenizer
-
-        model = None
+        """Prove everything; return a sample."""
         if self.adapter is None:
-            self._proven(merged_equals_shards(self.merged, self.job.checkpoint))
-        if self.adapter is None and not self.job.config.model.num_experts:
+            self._proven(merged_equals_shards(self.merged, self.checkpoint))
+        if self.adapter is None and not self.config.model.num_experts:
             # torch's reader fills parameters as they are named: not stacks of experts
-            model = load_model(self.job.checkpoint)
-            self._proven(merged_equals_torch(self.merged, model))
+            self._proven(merged_equals_torch(self.merged, load_model(self.checkpoint)))
         for path in self.ggufs.values():
             self._proven(gguf_equals_model(path, self.merged))
         self._measure()
-        text = ""
-        if self.job.prompt:
-            from ..measure.perplexity import decoder_of
-
-            model = model or decoder_of(self.merged, self.job.config.model)
-            tokenizer = load_tokenizer(self.job.config.data.tokenizer)
-            prompt, stop = tokenizer.encode(self.job.prompt, add_bos=True), tokenizer.eos_id()
-            count = self.job.sample_tokens
-            with one_thread():
-                said = greedy(model, prompt, count, stop)
-            text = str(tokenizer.decode([*prompt, *said[0]]))
-            if "F32" in self.ggufs and have_llamacpp():
-                proof = llamacpp_says_the_same(self.ggufs["F32"], prompt, *said, count, stop)
-                self._proven(proof)
+        text = self._sample() if self.config.eval.prompt else ""
         detail = f"{sum(p.ok for p in self.proofs)} of {len(self.proofs)} proofs hold"
         if not have_llamacpp():
             detail += "; llama.cpp was not asked (pip install xllamacpp to do so)"
@@ -216,19 +171,35 @@ class _Export:
         """Perplexity of the trained weights and of those in each GGUF file."""
         from ..measure.perplexity import perplexities
 
-        sources = {"torch": self.merged, **self.ggufs}
-        self.perplexity = perplexities(self.job.config, sources)
+        self.perplexity = perplexities(self.config, {"torch": self.merged, **self.ggufs})
         exact = self.perplexity["torch"]
-        for kind, limit in _SMALL_LOSS.items():
-            if kind in self.perplexity:
-                off = self.perplexity[kind] / exact - 1
-                claim = f"{self.ggufs[kind].name} has the perplexity of the trained model"
-                detail = f"{self.perplexity[kind]:.4f}, trained {exact:.4f} ({off:+.2%})"
-                self._proven(Proof(claim, abs(off) <= limit, detail))
-        rest = {k: v for k, v in self.perplexity.items() if k not in (*_SMALL_LOSS, "torch")}
+        rest = []
+        for kind, path in self.ggufs.items():
+            found = self.perplexity[kind]
+            off = found / exact - 1
+            if kind in _SMALL_LOSS:
+                claim = f"{path.name} has the perplexity of the trained model"
+                detail = f"{found:.4f}, trained {exact:.4f} ({off:+.2%})"
+                self._proven(Proof(claim, abs(off) <= _SMALL_LOSS[kind], detail))
+            else:
+                rest.append(f"{kind} {found:.4f} ({off:+.2%})")
         if rest:
-            told = ", ".join(f"{k} {v:.4f} ({v / exact - 1:+.2%})" for k, v in rest.items())
-            self._done("perplexity", f"trained {exact:.4f}, {told}")
+            self._done("perplexity", f"trained {exact:.4f}, {', '.join(rest)}")
+
+    def _sample(self) -> str:
+        """Continue the prompt with torch, and the exact file with llama.cpp."""
+        from ..measure.perplexity import decoder_of
+        from ..measure.sample import greedy, one_thread
+        from ..text.tokenizer import load_tokenizer
+
+        tokenizer = load_tokenizer(self.config.data.tokenizer)
+        prompt = tokenizer.encode(self.config.eval.prompt, add_bos=True)
+        count, stop = self.config.eval.sample_tokens, tokenizer.eos_id()
+        with one_thread():
+            said = greedy(decoder_of(self.merged, self.config.model), prompt, count, stop)
+        if "F32" in self.ggufs and have_llamacpp():
+            self._proven(llamacpp_says_the_same(self.ggufs["F32"], prompt, *said, count, stop))
+        return str(tokenizer.decode([*prompt, *said[0]]))
 
     # -- the record --------------------------------------------------------------------------------
 
@@ -241,31 +212,25 @@ class _Export:
         if made.is_dir():
             shutil.rmtree(made)
         done[name] = do()
-        path = self.job.folder / RECORD
+        path = self.folder / RECORD
         part = path.with_suffix(".tmp")
         part.write_text(json.dumps(self._record, indent=1) + "\n", encoding="utf-8")
         part.replace(path)
         self._done(name, done[name])
 
     def _read_record(self) -> dict[str, Any]:
-        fresh = {"source": self._identity(), "done": {}}
+        """What was done with this very checkpoint, adapter and importance matrix."""
+        adapter = sorted(self.adapter.iterdir()) if self.adapter is not None else []
+        crc = 0
+        for path in (self.checkpoint / MANIFEST, *adapter, self.imatrix):
+            crc = zlib.crc32(path.read_bytes() if path.is_file() else b"", crc)
+        fresh = {"source": f"{self.checkpoint.name}:{crc:08x}", "done": {}}
         try:
-            record = json.loads((self.job.folder / RECORD).read_text(encoding="utf-8"))
+            record = json.loads((self.folder / RECORD).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return fresh
         same = isinstance(record, dict) and record.get("source") == fresh["source"]
         return record if same and isinstance(record.get("done"), dict) else fresh
-
-    def _identity(self) -> str:
-        """What changes when the checkpoint, the adapter or the importance matrix does."""
-        files: Sequence[Path] = [self.job.checkpoint / MANIFEST]
-        if self.adapter is not None:
-            files = [*files, *sorted(p for p in self.adapter.iterdir() if p.is_file())]
-        files = [*files, self.job.config.save.folder / _IMATRIX]
-        crc = 0
-        for path in files:
-            crc = zlib.crc32(path.read_bytes() if path.is_file() else b"", crc)
-        return f"{self.job.checkpoint.name}:{crc:08x}"
 
     def _done(self, name: str, detail: str) -> None:
         now = time.monotonic()

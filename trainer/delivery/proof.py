@@ -21,7 +21,7 @@ from ...convert.llamacpp import generate
 from ...convert.verify import verify_gguf
 from ...errors import ConfigError, MconvError
 from ...shardio import open_checkpoint
-from ..model_config import ModelConfig
+from ..settings.model import ModelConfig
 
 if TYPE_CHECKING:
     from ..model import Decoder

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ...errors import ConfigError, FormatError
-from ..config import RunConfig
 from ..hooks import Hook, Run
 from ..init import fill
 from ..model import Decoder, Layer
-from ..sections import LoraConfig
+from ..settings import RunConfig
+from ..settings.sections import LoraConfig
 from ..state import TrainState
 from .dropout import RowDropout, Rows
 from .linear import LoraLinear

@@ -19,8 +19,8 @@ from torch.distributed.tensor import (
 )
 from torch.nn import functional
 
-from ..norm import local
-from ..sections import LoraConfig
+from ..attention import local
+from ..settings.sections import LoraConfig
 from .dropout import RowDropout
 
 

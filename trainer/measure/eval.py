@@ -9,10 +9,11 @@ import torch
 import torch.distributed as dist
 
 from ...errors import ConfigError
-from ..data import TokenData, open_data, prepare
+from ..data import TokenData
 from ..hooks import Hook, Run
 from ..mesh import DP
 from ..metrics import Evaluation, LogHook, StepMetrics
+from ..text.source import open_data, prepare
 from ..text.tokenizer import Tokenizer, load_tokenizer
 from .sample import greedy
 

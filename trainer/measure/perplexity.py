@@ -14,12 +14,13 @@ from pathlib import Path
 import torch
 
 from ..batch import IGNORE
-from ..config import RunConfig
-from ..data import TokenData, open_data, prepare
-from ..loss import token_loss
+from ..data import TokenData
+from ..engine import token_loss
+from ..init import load_weights, open_weights
 from ..model import Decoder
-from ..model_config import ModelConfig
-from ..weights import load_weights, open_weights
+from ..settings import RunConfig
+from ..settings.model import ModelConfig
+from ..text.source import open_data, prepare
 
 
 def decoder_of(path: Path, config: ModelConfig) -> Decoder:

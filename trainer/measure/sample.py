@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,17 @@ from torch.distributed.tensor import DTensor
 from ..model import Decoder
 
 _MULTIPLE = 128  # of the padded length: few lengths to compile, and cut evenly over ranks
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Use one CPU thread for a while: on tiny matrices several are slower."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @torch.no_grad()

@@ -7,39 +7,32 @@ in the run; nothing is allocated and no device is needed.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..build import build_state
-from ..config import RunConfig
-from ..degrees import Degrees, resolve
 from ..init import local_region
 from ..mesh import EXPERT_FSDP, FSDP, TOKENS, build_meshes
 from ..moe import expert_names
 from ..optim import shards
+from ..settings import RunConfig
+from ..settings.degrees import Degrees, resolve
 from ..state import TrainState
 
 
 @dataclass(frozen=True, slots=True)
 class RankPlan:
-    """What one rank of a pipeline stage has.
+    """What one rank of a pipeline stage has."""
 
-    Attributes:
-        layers: of its stages.
-        parameters: of its shards.
-        parameter_bytes, gradient_bytes, optimizer_bytes: held between steps, gradients at the end
-            of backward.
-        gathered_bytes: parameters that are whole for a while, on top.
-    """
-
-    layers: tuple[tuple[int, ...], ...]
-    parameters: int
+    layers: tuple[tuple[int, ...], ...]  # of its stages
+    parameters: int  # of its shards
     parameter_bytes: int
-    gradient_bytes: int
+    gradient_bytes: int  # at the end of backward
     optimizer_bytes: int
-    gathered_bytes: int
+    gathered_bytes: int  # parameters that are whole for a while, on top
 
     @property
     def total_bytes(self) -> int:
@@ -50,21 +43,13 @@ class RankPlan:
 
 @dataclass(frozen=True, slots=True)
 class RunPlan:
-    """A run before it starts.
-
-    Attributes:
-        degrees: the layout.
-        parameters: of the whole model.
-        ranks: one per pipeline rank.
-        tokens_per_step: over all ranks.
-        checkpoint_bytes: of weights and optimizer states.
-    """
+    """A run before it starts."""
 
     degrees: Degrees
-    parameters: int
-    ranks: tuple[RankPlan, ...]
-    tokens_per_step: int
-    checkpoint_bytes: int
+    parameters: int  # of the whole model
+    ranks: tuple[RankPlan, ...]  # one per pipeline rank
+    tokens_per_step: int  # over all ranks
+    checkpoint_bytes: int  # of weights and optimizer states
 
 
 def plan_run(config: RunConfig, world_size: int) -> RunPlan:
@@ -78,12 +63,8 @@ def plan_run(config: RunConfig, world_size: int) -> RunPlan:
     degrees = resolve(config, world_size)
     ranks, whole, state_bytes = [], 0, 0
     for stage in range(degrees.pp):
-        dist.init_process_group(
-            "fake",
-            store=FakeStore(),
-            rank=stage * (world_size // degrees.pp),
-            world_size=world_size,
-        )
+        rank = stage * (world_size // degrees.pp)
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
         try:
             state = build_state(config, build_meshes(degrees, "cpu"), empty=True)
             ranks.append(_rank_plan(config, state))
@@ -126,10 +107,7 @@ def _rank_plan(config: RunConfig, state: TrainState) -> RankPlan:
 
 
 def _elements(parameter: Tensor) -> int:
-    out = 1
-    for part in local_region(parameter):
-        out *= part.stop - part.start
-    return out
+    return prod(part.stop - part.start for part in local_region(parameter))
 
 
 def _moments(config: RunConfig, shape: torch.Size) -> int:

@@ -8,7 +8,7 @@ bfloat16.
 
 from __future__ import annotations
 
-from ..model_config import ModelConfig
+from ..settings.model import ModelConfig
 
 #: Part of a device's name, to its peak dense bfloat16 rate in TFLOP/s; the first match counts.
 PEAKS = {

@@ -26,19 +26,12 @@ _RECOMPUTE = ("none", "selective", "full")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machines:
-    """What there is.
+    """What there is."""
 
-    Attributes:
-        gpus: in all.
-        memory: bytes of one.
-        nodes: over how many machines.
-        fast: nodes are joined by a network of about the speed of the links within (InfiniBand).
-    """
-
-    gpus: int
-    memory: int
+    gpus: int  # in all
+    memory: int  # bytes of one
     nodes: int = 1
-    fast: bool = True
+    fast: bool = True  # nodes are joined at about the speed of the links within (InfiniBand)
 
     def __post_init__(self) -> None:
         if self.gpus < 1 or self.nodes < 1 or self.gpus % self.nodes:
@@ -74,21 +67,10 @@ class Memory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainPlan:
-    """A layout of training and what it takes.
+    """A layout of training, as in ``[parallel]`` and ``[train]``, and what it takes."""
 
-    Attributes:
-        name: in words.
-        why: the rule that chose it.
-        dp_replicate, dp_shard, zero, tp, pp, ep, offload, recompute: as in ``[parallel]`` and
-            ``train.checkpointing``.
-        micro_batch: sequences that fit at once.
-        lora: only adapters are trained, on bfloat16 weights.
-        memory: of the fullest GPU.
-        fits: whether that is less than there is.
-    """
-
-    name: str
-    why: str
+    name: str  # in words
+    why: str  # the rule that chose it
     dp_replicate: int = 1
     dp_shard: int = 1
     zero: int = 3
@@ -97,10 +79,10 @@ class TrainPlan:
     ep: int = 1
     offload: bool = False
     recompute: str = "none"
-    micro_batch: int = 1
-    lora: bool = False
-    memory: Memory | None = None
-    fits: bool = False
+    micro_batch: int = 1  # sequences that fit at once
+    lora: bool = False  # only adapters are trained, on bfloat16 weights
+    memory: Memory | None = None  # of the fullest GPU
+    fits: bool = False  # whether that is less than there is
 
     def toml(self, seq_len: int) -> str:
         """Return the sections of a run's file."""
@@ -129,40 +111,40 @@ class TrainPlan:
 def plan_training(
     sizes: ModelSizes, machines: Machines, seq_len: int, lora: bool = False
 ) -> TrainPlan:
-    """Return the simplest layout that fits, or the smallest one, which then does not ``fits``.
-
-    Args:
-        sizes: of the model.
-        machines: what there is.
-        seq_len: tokens of a sequence.
-        lora: train adapters on frozen bfloat16 weights.
-    """
-    last: TrainPlan | None = None
+    """Return the simplest layout that fits, or the smallest one, which then does not ``fits``."""
+    smallest: TrainPlan | None = None
     for stage in _stages(sizes, machines):
         for recompute in _RECOMPUTE:
             for layout in stage:
                 if recompute == "selective" and layout.ep > 1:
                     continue
-                plan = replace(layout, recompute=recompute, lora=lora)
-                plan = replace(plan, memory=train_memory(sizes, plan, seq_len))
-                assert plan.memory is not None
-                if plan.memory.total <= machines.usable:
+                plan = _measured(sizes, replace(layout, recompute=recompute, lora=lora), seq_len)
+                if _total(plan) <= machines.usable:
                     return _widened(sizes, replace(plan, fits=True), machines, seq_len)
-                if last is None or last.memory is None or plan.memory.total < last.memory.total:
-                    last = plan
-    assert last is not None, "there is always a layout"
-    return last
+                if smallest is None or _total(plan) < _total(smallest):
+                    smallest = plan
+    assert smallest is not None, "there is always a layout"
+    return smallest
+
+
+def _measured(sizes: ModelSizes, plan: TrainPlan, seq_len: int) -> TrainPlan:
+    return replace(plan, memory=train_memory(sizes, plan, seq_len))
+
+
+def _total(plan: TrainPlan) -> int:
+    assert plan.memory is not None, "it was measured"
+    return plan.memory.total
 
 
 def _stages(sizes: ModelSizes, machines: Machines) -> Iterator[list[TrainPlan]]:
     """Yield layouts in order of preference; within a stage recomputation is tried first."""
-    gpus, node, nodes = machines.gpus, machines.per_node, machines.nodes
-    if gpus > 1:
+    gpus, node = machines.gpus, machines.per_node
+    if gpus == 1:
+        yield [TrainPlan(name="one GPU", why="everything fits", zero=0)]
+    else:
         copies = TrainPlan(name="DDP", why="a copy fits each GPU", zero=0, dp_shard=gpus)
-        yield [
-            copies,
-            replace(copies, name="ZeRO-1", why="a copy fits without optimizer states", zero=1),
-        ]
+        why = "a copy fits without optimizer states"
+        yield [copies, replace(copies, name="ZeRO-1", why=why, zero=1)]
         inner = gpus if machines.fast else node
         if inner > 1:
             place = "" if inner == gpus else " within nodes, copies between them (HSDP)"
@@ -174,47 +156,36 @@ def _stages(sizes: ModelSizes, machines: Machines) -> Iterator[list[TrainPlan]]:
                 zero=2,
                 ep=_experts(sizes, inner, node),
             )
-            yield [
-                shared,
-                replace(
-                    shared, name=f"ZeRO-3{place}", why="a layer fits, the model does not", zero=3
-                ),
-            ]
-    else:
-        yield [TrainPlan(name="one GPU", why="everything fits", zero=0)]
+            why = "a layer fits, the model does not"
+            yield [shared, replace(shared, name=f"ZeRO-3{place}", why=why, zero=3)]
+    yield from ([plan] for plan in _cut(sizes, machines))
+    why = "only one layer at a time fits"
+    yield [TrainPlan(name="ZeRO-3 with CPU offload", why=why, dp_shard=gpus, offload=True)]
+
+
+def _cut(sizes: ModelSizes, machines: Machines) -> Iterator[TrainPlan]:
+    """Yield layouts that cut tensors within a node, then also layers over nodes."""
+    node, nodes = machines.per_node, machines.nodes
     wide = sizes.config.get("moe_intermediate_size") if sizes.experts else sizes.inner
-    tps = [
-        t for t in (2, 4, 8) if not (node % t or sizes.kv_heads % t or int(wide or sizes.inner) % t)
-    ]
+    widths = node, sizes.kv_heads, int(wide or sizes.inner)
     for pp in (1, nodes) if nodes > 1 else (1,):
-        why = "layers or activations are too large for one GPU"
-        for tp in tps:
-            rest = gpus // (tp * pp)
-            if pp > 1 and len(sizes.layers) < pp:
-                continue
+        if pp > len(sizes.layers):
+            continue
+        for tp in (t for t in (2, 4, 8) if not any(width % t for width in widths)):
+            rest = machines.gpus // (tp * pp)
             inner = rest if machines.fast or pp > 1 else node // tp
             words = [f"TP {tp}", *([f"PP {pp}"] if pp > 1 else []), *(["ZeRO-3"] * (inner > 1))]
-            if pp > 1:
-                why = "the network between nodes carries a pipeline best"
-            yield [
-                TrainPlan(
-                    name=" x ".join(words),
-                    why=why,
-                    dp_replicate=rest // inner,
-                    dp_shard=inner,
-                    zero=3 if inner > 1 else 0,
-                    tp=tp,
-                    pp=pp,
-                )
-            ]
-    yield [
-        TrainPlan(
-            name="ZeRO-3 with CPU offload",
-            why="only one layer at a time fits",
-            dp_shard=gpus,
-            offload=True,
-        )
-    ]
+            yield TrainPlan(
+                name=" x ".join(words),
+                why="the network between nodes carries a pipeline best"
+                if pp > 1
+                else "layers or activations are too large for one GPU",
+                dp_replicate=rest // inner,
+                dp_shard=inner,
+                zero=3 if inner > 1 else 0,
+                tp=tp,
+                pp=pp,
+            )
 
 
 def _experts(sizes: ModelSizes, ranks: int, node: int) -> int:
@@ -227,9 +198,8 @@ def _experts(sizes: ModelSizes, ranks: int, node: int) -> int:
 def _widened(sizes: ModelSizes, plan: TrainPlan, machines: Machines, seq_len: int) -> TrainPlan:
     """Return the plan with the largest micro-batch, a power of two up to 32, that fits."""
     while plan.micro_batch < 32:
-        wider = replace(plan, micro_batch=2 * plan.micro_batch)
-        wider = replace(wider, memory=train_memory(sizes, wider, seq_len))
-        if wider.memory is None or wider.memory.total > machines.usable:
+        wider = _measured(sizes, replace(plan, micro_batch=2 * plan.micro_batch), seq_len)
+        if _total(wider) > machines.usable:
             break
         plan = wider
     return plan

@@ -11,21 +11,13 @@ from .plan import Machines
 
 @dataclass(frozen=True, slots=True)
 class ServeRow:
-    """How a GGUF type fits.
-
-    Attributes:
-        type: its name.
-        weights: bytes.
-        total: with keys and values and room to compute.
-        gpus: how many of the given ones it needs; None when all are too few.
-        context: tokens that fit on these.
-    """
+    """How a GGUF type fits."""
 
     type: str
-    weights: int
-    total: int
-    gpus: int | None
-    context: int
+    weights: int  # bytes
+    total: int  # with keys and values and room to compute
+    gpus: int | None  # how many of the given ones it needs; None when all are too few
+    context: int  # tokens that fit on these
 
 
 def plan_serving(sizes: ModelSizes, machines: Machines, context: int) -> list[ServeRow]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, TextIO
 
 from ...errors import ConfigError, FormatError
 
@@ -25,17 +25,11 @@ _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "a
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """A conversation.
+    """A conversation."""
 
-    Attributes:
-        messages: role, content and whatever else the template knows.
-        given: so many messages are prompt, whoever said them.
-        tools: functions that the assistant may call, as JSON schemas.
-    """
-
-    messages: tuple[Mapping[str, Any], ...]
-    given: int = 0
-    tools: tuple[Mapping[str, Any], ...] = ()
+    messages: tuple[Mapping[str, Any], ...]  # role, content and whatever else the template knows
+    given: int = 0  # so many messages are prompt, whoever said them
+    tools: tuple[Mapping[str, Any], ...] = ()  # that the assistant may call, as JSON schemas
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,12 +80,11 @@ def read_records(
         yield from _parquet(path)
         return
     try:
-        with path.open("rb") as raw, _text(raw, path) as file:
-            if ".jsonl" in path.suffixes:
-                records = _lines(file, path)
-            else:
-                records = _texts(file, path, separator)
-            for record in records:
+        with path.open("rb") as raw:
+            stream = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
+            file = TextIOWrapper(stream, encoding="utf-8", newline="")
+            lines = ".jsonl" in path.suffixes
+            for record in _lines(file, path) if lines else _texts(file, path, separator):
                 yield record
                 if told:
                     told(raw.tell())
@@ -106,11 +99,6 @@ def plain_text(record: Record) -> str:
     if isinstance(record, Completion):
         return record.prompt + record.completion
     return "\n".join(str(message.get("content") or "") for message in record.messages)
-
-
-def _text(raw: BinaryIO, path: Path) -> TextIO:
-    stream = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
-    return TextIOWrapper(stream, encoding="utf-8", newline="")
 
 
 def _lines(file: TextIO, path: Path) -> Iterator[Record]:
@@ -160,7 +148,11 @@ def _record(row: object, where: str) -> Record:
         return Chat(_messages(row["messages"], where), 0, tools)
     if isinstance(row.get("conversations"), list):
         turns = [m for m in row["conversations"] if isinstance(m, dict)]
-        said = [{"role": _role(m.get("from")), "content": m.get("value")} for m in turns]
+        roles = [str(m.get("from")) for m in turns]
+        said = [
+            {"role": _ROLES.get(role, role), "content": m.get("value")}
+            for role, m in zip(roles, turns, strict=True)
+        ]
         return Chat(_messages(said, where), 0, tools)
     prompt, completion = row.get("prompt"), row.get("completion")
     if isinstance(prompt, str) and isinstance(completion, str):
@@ -173,10 +165,6 @@ def _record(row: object, where: str) -> Record:
         f"{where}: has {', '.join(sorted(row)) or 'no keys'}; expected text, messages, "
         "conversations, or prompt and completion"
     )
-
-
-def _role(name: object) -> str:
-    return _ROLES.get(str(name), str(name))
 
 
 def _messages(rows: list[Any], where: str) -> tuple[Mapping[str, Any], ...]:

@@ -9,7 +9,6 @@ one with a ``.idx`` beside it Megatron's.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -32,20 +31,12 @@ _SAMPLE_BYTES = 4096
 
 @dataclass(frozen=True, slots=True)
 class TokenFile:
-    """Mapped tokens.
-
-    Attributes:
-        path: the token file.
-        tokens: uint16 or uint32 [n].
-        starts: int64 [documents], rising from 0; None when unknown.
-        learned: uint8 [n], 1 where a token is to be predicted; None: everywhere.
-        about: what ``NAME.json`` says.
-    """
+    """Mapped tokens, and what ``NAME.json`` says about them."""
 
     path: Path
-    tokens: np.ndarray
-    starts: np.ndarray | None = None
-    learned: np.ndarray | None = None
+    tokens: np.ndarray  # uint16 or uint32 [n]
+    starts: np.ndarray | None = None  # int64 [documents], rising from 0; None when unknown
+    learned: np.ndarray | None = None  # uint8 [n], 1 where to be predicted; None: everywhere
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def largest(self) -> int:
@@ -112,22 +103,21 @@ def write_tokens(path: Path, tokens: np.ndarray) -> None:
 def write_token_folder(
     folder: Path, documents: Iterable[Encoded], vocab_size: int, about: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Write ``tokens.npy`` and what belongs to it, one document at a time.
+    """Write ``tokens.npy`` and what belongs to it, one document at a time; return what is said.
 
     Args:
         folder: there already; the caller renames it when all is done.
         documents: ids and what is learned of them; empty ones are left out.
         vocab_size: chooses between uint16 and uint32.
         about: goes into ``tokens.json``.
-
-    Returns:
-        What ``tokens.json`` holds.
     """
     kind = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
     starts: list[int] = []
     count = largest = learned = 0
-    with (folder / "tokens.npy").open("w+b") as ids, (folder / "flags").open("w+b") as flags:
-        ids.write(bytes(_HEADER))
+    flags = folder / "tokens.learned.npy"
+    with (folder / "tokens.npy").open("w+b") as ids, flags.open("w+b") as marks:
+        for file in (ids, marks):
+            file.write(bytes(_HEADER))
         for row, known in documents:
             if not len(row):
                 continue
@@ -135,15 +125,15 @@ def write_token_folder(
             count += len(row)
             largest = max(largest, int(row.max()))
             ids.write(row.astype(kind).tobytes())
-            marks = np.ones(len(row), np.uint8) if known is None else known.astype(np.uint8)
-            learned += int(marks.sum())
-            flags.write(marks.tobytes())
+            said = np.ones(len(row), np.uint8) if known is None else known.astype(np.uint8)
+            learned += int(said.sum())
+            marks.write(said.tobytes())
         _finish_npy(ids, kind, count)
-        if learned < count:
-            _save_flags(flags, folder / "tokens.learned.npy", count)
-    (folder / "flags").unlink()
+        _finish_npy(marks, np.dtype(np.uint8), count)
+    if learned == count:
+        flags.unlink()
     np.save(folder / "tokens.starts.npy", np.array(starts, np.int64))
-    said = {
+    made = {
         "format": "mconv-tokens",
         "version": 1,
         "dtype": kind.name,
@@ -153,8 +143,8 @@ def write_token_folder(
         "largest": largest,
         **about,
     }
-    (folder / "tokens.json").write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
-    return said
+    (folder / "tokens.json").write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
+    return made
 
 
 def _beside(path: Path, name: str) -> np.ndarray | None:
@@ -174,11 +164,3 @@ def _finish_npy(file: BinaryIO, kind: np.dtype, count: int) -> None:
     text = said.ljust(_HEADER - 11) + "\n"
     file.seek(0)
     file.write(b"\x93NUMPY\x01\x00" + (_HEADER - 10).to_bytes(2, "little") + text.encode())
-
-
-def _save_flags(flags: BinaryIO, path: Path, count: int) -> None:
-    flags.seek(0)
-    with path.open("w+b") as out:
-        out.write(bytes(_HEADER))
-        shutil.copyfileobj(flags, out)
-        _finish_npy(out, np.dtype(np.uint8), count)

@@ -9,8 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from ...errors import ConfigError, OutputError
 from .chat import ChatEncoder, chat_encoder
 from .documents import Chat, Completion, Record, plain_text, read_records, text_files
 from .token_file import Encoded, write_token_folder
-from .tokenizer import describe, load_tokenizer
+from .tokenizer import digest, load_tokenizer
 from .train_tokenizer import train_tokenizer
 
 _TOGETHER = 256  # texts encoded at once
@@ -27,21 +26,13 @@ TOKENIZER = "tokenizer"
 
 @dataclass(frozen=True, slots=True)
 class TokenizeReport:
-    """What was read and written.
-
-    Attributes:
-        folder: the target.
-        files: number of input files.
-        about: what ``tokens.json`` says; empty when nothing was written.
-        tokenizer: the tokenizer's folder.
-        trained: whether it was trained here.
-    """
+    """What was read and written."""
 
     folder: Path
-    files: int
-    about: dict[str, Any]
+    files: int  # number of input files
+    about: dict[str, Any]  # what tokens.json says; empty when nothing was written
     tokenizer: Path
-    trained: bool
+    trained: bool  # whether the tokenizer was trained here
 
 
 def tokenize(
@@ -113,23 +104,30 @@ def _write(
     separator: str,
     progress: Callable[[int, int], None] | None,
 ) -> dict[str, Any]:
-    encoder = chat_encoder(load_tokenizer(tokenizer))
+    loaded = load_tokenizer(tokenizer)
+    encoder = chat_encoder(loaded)
     sizes = [path.stat().st_size for path in files]
 
     def documents() -> Iterator[Encoded]:
         for number, path in enumerate(files):
-            told = partial(_tell, progress, sum(sizes[:number]), sum(sizes)) if progress else None
+            before = sum(sizes[:number])
+
+            def told(done: int, before: int = before) -> None:
+                if progress:
+                    progress(before + done, sum(sizes))
+
             yield from encode_records(read_records(path, separator, told), encoder, str(path))
 
-    said = describe(tokenizer)
-    about = write_token_folder(part, documents(), said["vocab_size"], said)
+    said = {
+        "vocab_size": loaded.vocab_size,
+        "bos": loaded.bos,
+        "eos": loaded.eos,
+        "tokenizer_sha256": digest(tokenizer),
+    }
+    about = write_token_folder(part, documents(), loaded.vocab_size, said)
     if not about["tokens"]:
         raise ConfigError("the inputs hold no text")
     return about
-
-
-def _tell(progress: Callable[[int, int], None], before: int, total: int, done: int) -> None:
-    progress(before + done, total)
 
 
 def encode_records(
@@ -138,19 +136,13 @@ def encode_records(
     """Yield the documents of records, in order; texts are encoded many at a time."""
     number = 0
     for kind, run in groupby(records, key=type):
-        if kind is str:
-            batch: list[str] = []
-            for text in run:
-                batch.append(str(text))
-                if len(batch) == _TOGETHER:
-                    yield from ((ids, None) for ids in encoder.tokenizer.documents(batch))
-                    number, batch = number + len(batch), []
-            yield from ((ids, None) for ids in encoder.tokenizer.documents(batch))
+        while batch := list(islice(run, _TOGETHER)):
+            if kind is str:
+                texts = [str(text) for text in batch]
+                yield from ((ids, None) for ids in encoder.tokenizer.documents(texts))
+            for at, record in enumerate(batch, number + 1):
+                if isinstance(record, Chat):
+                    yield from encoder.conversation(record, f"{where}: record {at}")
+                elif isinstance(record, Completion):
+                    yield from encoder.completion(record)
             number += len(batch)
-            continue
-        for record in run:
-            number += 1
-            if isinstance(record, Chat):
-                yield from encoder.conversation(record, f"{where}: record {number}")
-            elif isinstance(record, Completion):
-                yield from encoder.completion(record)

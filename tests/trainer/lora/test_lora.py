@@ -14,8 +14,6 @@ torch = pytest.importorskip("torch")
 
 from mconv.errors import ConfigError, FormatError  # noqa: E402
 from mconv.shardio import open_checkpoint  # noqa: E402
-from mconv.trainer.config import RunConfig  # noqa: E402
-from mconv.trainer.degrees import resolve  # noqa: E402
 from mconv.trainer.init import materialize  # noqa: E402
 from mconv.trainer.loop import new_run, one_step  # noqa: E402
 from mconv.trainer.lora.adapters import (  # noqa: E402
@@ -27,7 +25,9 @@ from mconv.trainer.lora.adapters import (  # noqa: E402
 )
 from mconv.trainer.mesh import build_meshes, process_group  # noqa: E402
 from mconv.trainer.model import Decoder  # noqa: E402
-from mconv.trainer.sections import LoraConfig  # noqa: E402
+from mconv.trainer.settings import RunConfig  # noqa: E402
+from mconv.trainer.settings.degrees import resolve  # noqa: E402
+from mconv.trainer.settings.sections import LoraConfig  # noqa: E402
 
 from ..ranks import Ranks  # noqa: E402
 from ..toys import ToyData, run_config  # noqa: E402

@@ -15,14 +15,14 @@ torch = pytest.importorskip("torch")
 from mconv.convert.gguf import open_gguf  # noqa: E402
 from mconv.convert.imatrix import read_imatrix  # noqa: E402
 from mconv.convert.imatrix_write import Measured, gguf_names, write_imatrix  # noqa: E402
-from mconv.trainer.batch import Batch, from_rows  # noqa: E402
-from mconv.trainer.config import RunConfig  # noqa: E402
-from mconv.trainer.degrees import resolve  # noqa: E402
+from mconv.trainer.batch import Batch  # noqa: E402
 from mconv.trainer.loop import new_run, run_steps  # noqa: E402
 from mconv.trainer.measure.imatrix import Collector, ImatrixHook  # noqa: E402
 from mconv.trainer.mesh import build_meshes, process_group  # noqa: E402
-from mconv.trainer.model_config import ModelConfig  # noqa: E402
-from mconv.trainer.sections import ImatrixConfig, SaveConfig, TrainConfig  # noqa: E402
+from mconv.trainer.settings import RunConfig  # noqa: E402
+from mconv.trainer.settings.degrees import resolve  # noqa: E402
+from mconv.trainer.settings.model import ModelConfig  # noqa: E402
+from mconv.trainer.settings.sections import ImatrixConfig, SaveConfig, TrainConfig  # noqa: E402
 
 from ..ranks import Ranks  # noqa: E402
 from ..toys import ToyData, run_config  # noqa: E402
@@ -43,7 +43,9 @@ class Fixed:
 
     def batch(self, step: int, batch: int, rank: int, world_size: int) -> Batch:
         part = batch // world_size
-        return from_rows(self.rows[rank * part : (rank + 1) * part])
+        ids = torch.from_numpy(self.rows[rank * part : (rank + 1) * part])
+        positions = torch.arange(ids.shape[1] - 1).expand(len(ids), -1)
+        return Batch(ids[:, :-1], ids[:, 1:], positions)
 
 
 def collected(rank: int, world_size: int, store: Path, config: RunConfig, rows: Any) -> Any:

@@ -16,16 +16,16 @@ from mconv.cli import cli
 from mconv.convert.model_sizes import TYPES, model_sizes
 from mconv.convert.to_gguf import to_gguf
 from mconv.errors import ConfigError
-from mconv.trainer.config import dump_config, load_config
-from mconv.trainer.degrees import resolve
 from mconv.trainer.delivery.demo import documents
-from mconv.trainer.model_config import ModelConfig
 from mconv.trainer.planning.dryrun import plan_run
 from mconv.trainer.planning.plan import Machines, plan_training, train_memory
 from mconv.trainer.planning.plan_serving import plan_serving
+from mconv.trainer.settings import load_config
+from mconv.trainer.settings.degrees import resolve
+from mconv.trainer.settings.model import ModelConfig
 from mconv.trainer.text.train_tokenizer import train_tokenizer
 
-from ..toys import MODELS, run_config
+from ..toys import MODELS, dump_config, run_config
 
 GB = 10**9
 LLAMA = {

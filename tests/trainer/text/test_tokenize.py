@@ -31,7 +31,7 @@ def test_tokenizers_lose_nothing_and_are_reproducible(tmp_path: Path, kind: str)
     first, second = (sorted((tmp_path / n).iterdir()) for n in "ab")
     assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second]
     tokenizer = load_tokenizer(tmp_path / "a")
-    assert tokenizer.vocab_size() == 400
+    assert tokenizer.vocab_size == 400
     expected = (1, 2, True) if kind == "sentencepiece" else (0, 0, False)
     assert (tokenizer.bos, tokenizer.eos, tokenizer.add_bos) == expected
     for text in [*texts, ODD]:

@@ -7,11 +7,19 @@ from pathlib import Path
 
 import pytest
 from mconv.errors import ConfigError
-from mconv.trainer.config import RunConfig, dump_config, load_config
-from mconv.trainer.degrees import resolve
-from mconv.trainer.model_config import ModelConfig
-from mconv.trainer.schedule import rate
-from mconv.trainer.sections import DataConfig, OptimConfig, SaveConfig, ScheduleConfig, TrainConfig
+from mconv.trainer.optim import rate
+from mconv.trainer.settings import RunConfig, load_config
+from mconv.trainer.settings.degrees import resolve
+from mconv.trainer.settings.model import ModelConfig
+from mconv.trainer.settings.sections import (
+    DataConfig,
+    OptimConfig,
+    SaveConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+
+from ..toys import dump_config
 
 
 def config(folder: Path) -> RunConfig:

@@ -8,34 +8,24 @@ imports torch.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from ..errors import ConfigError, did_you_mean
-
-_ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
+from ...errors import ConfigError
+from .sections import Positive, Section
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """What ``model_type`` fixes.
+    """What ``model_type`` fixes."""
 
-    Attributes:
-        architecture: class of ``transformers``.
-        qkv_bias: query, key and value have biases whatever ``attention_bias`` says.
-        qk_norm: queries and keys are normed per head.
-        gemma: norms multiply by 1 + weight, embeddings by the root of their size.
-        moe: feed-forwards are mixtures of experts.
-        window: ``sliding_window`` holds for every layer.
-    """
-
-    architecture: str
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    gemma: bool = False
-    moe: bool = False
-    window: bool = False
+    architecture: str  # class of transformers
+    qkv_bias: bool = False  # query, key and value have biases whatever attention_bias says
+    qk_norm: bool = False  # queries and keys are normed per head
+    gemma: bool = False  # norms multiply by 1 + weight, embeddings by the root of their size
+    moe: bool = False  # feed-forwards are mixtures of experts
+    window: bool = False  # sliding_window holds for every layer
 
 
 FAMILIES = {
@@ -67,65 +57,35 @@ class RopeScaling:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ModelConfig:
-    """A decoder.
+class ModelConfig(Section):
+    """A decoder."""
 
-    Attributes:
-        head_dim: 0 means ``hidden_size / num_attention_heads``.
-        sliding_window: tokens that attention sees; None for all.
-        num_experts: of every layer; 0 for a dense model.
-        moe_intermediate_size: inner size of an expert; 0 means ``intermediate_size``.
-        norm_topk_prob: the chosen experts' probabilities are made to sum to 1.
-        router_aux_loss_coef: weight of the load balancing loss.
-        init_from: a checkpoint of any format to start from; None for random weights.
-    """
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    model_type: str = "llama"
-    head_dim: int = 0
+    vocab_size: Positive
+    hidden_size: Positive
+    intermediate_size: Positive
+    num_hidden_layers: Positive
+    num_attention_heads: Positive
+    num_key_value_heads: Positive
+    model_type: Annotated[str, FAMILIES] = "llama"
+    head_dim: int = 0  # 0: hidden_size / num_attention_heads
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     tie_word_embeddings: bool = False
     attention_bias: bool = False
-    hidden_act: str = "silu"
-    sliding_window: int | None = None
-    num_experts: int = 0
+    hidden_act: Annotated[str, ("silu", "gelu", "gelu_pytorch_tanh")] = "silu"
+    sliding_window: int | None = None  # tokens that attention sees; None for all
+    num_experts: int = 0  # of every layer; 0 for a dense model
     num_experts_per_tok: int = 2
-    moe_intermediate_size: int = 0
-    norm_topk_prob: bool = True
-    router_aux_loss_coef: float = 0.0
-    init_from: Path | None = None
+    moe_intermediate_size: int = 0  # inner size of an expert; 0: intermediate_size
+    norm_topk_prob: bool = True  # the chosen experts' probabilities are made to sum to 1
+    router_aux_loss_coef: float = 0.0  # weight of the load balancing loss
+    init_from: Path | None = None  # a checkpoint of any format to start from
 
-    def __post_init__(self) -> None:
-        if self.model_type not in FAMILIES:
-            raise ConfigError(
-                f"model.model_type={self.model_type!r}: the trainer's decoder has "
-                f"{', '.join(FAMILIES)}{did_you_mean(self.model_type, FAMILIES)}"
-            )
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-        ):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"model.{name} must be at least 1, not {getattr(self, name)}")
+    def check(self) -> None:
         self._check_heads()
         self._check_experts()
-        if self.hidden_act not in _ACTIVATIONS:
-            raise ConfigError(
-                f"model.hidden_act={self.hidden_act!r}; the trainer's decoder has "
-                f"{', '.join(_ACTIVATIONS)}"
-            )
 
     def _check_heads(self) -> None:
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
@@ -165,8 +125,7 @@ class ModelConfig:
         values = asdict(self)
         del values["init_from"]
         if not self.family.moe:
-            for name in _MOE_KEYS:
-                del values[name]
+            values = {k: v for k, v in values.items() if k not in _MOE_KEYS}
         elif self.model_type == "mixtral":
             values["num_local_experts"] = values.pop("num_experts")
             values["intermediate_size"] = values.pop("moe_intermediate_size")
@@ -196,7 +155,11 @@ class ModelConfig:
                 f"config.json: model_type is {kind!r}; the trainer's decoder has "
                 f"{', '.join(FAMILIES)}"
             )
-        _refuse_variants(config)
+        for key, value in _FIXED.items():
+            if config.get(key, value) not in (value, None):
+                raise ConfigError(
+                    f"config.json: {key} is {config[key]!r}; the trainer's decoder has {value!r}"
+                )
         known = {f.name for f in fields(cls)} - {"rope_theta", "rope_scaling", "init_from"}
         values = {k: config[k] for k in known if config.get(k) is not None}
         values.setdefault("num_key_value_heads", values.get("num_attention_heads"))
@@ -213,26 +176,28 @@ class ModelConfig:
             values["hidden_act"] = config.get("hidden_activation") or "gelu_pytorch_tanh"
             values.setdefault("tie_word_embeddings", True)
         values |= _rope(config) | more
-        missing = [f.name for f in fields(cls) if f.name in _SIZES and not values.get(f.name)]
-        if missing:
-            raise ConfigError(f"config.json: {missing[0]!r} is missing")
+        for field in fields(cls):
+            if field.default is MISSING and not values.get(field.name):
+                raise ConfigError(f"config.json: {field.name!r} is missing")
         return cls(**values)
 
 
-_SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-)
-_MOE_KEYS = (
+_MOE_KEYS = {
     "num_experts",
     "num_experts_per_tok",
     "moe_intermediate_size",
     "norm_topk_prob",
     "router_aux_loss_coef",
-)
+}
+#: Settings that the decoder would silently ignore, with the only value that it has.
+_FIXED: dict[str, Any] = {
+    "mlp_bias": False,
+    "use_sliding_window": False,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "partial_rotary_factor": 1.0,
+    "quantization_config": None,
+}
 
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -242,25 +207,5 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return {"rope_theta": theta, "rope_scaling": None}
-    names = {f.name for f in fields(RopeScaling)}
-    if kind not in ("linear", "llama3"):
-        raise ConfigError(f"config.json: the trainer's decoder has no rope type {kind!r}")
-    values = {k: v for k, v in rope.items() if k in names}
-    return {"rope_theta": theta, "rope_scaling": RopeScaling(**{**values, "rope_type": kind})}
-
-
-def _refuse_variants(config: Mapping[str, Any]) -> None:
-    """Refuse settings that the decoder would silently ignore."""
-    wanted: dict[str, Any] = {
-        "mlp_bias": False,
-        "use_sliding_window": False,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-        "partial_rotary_factor": 1.0,
-        "quantization_config": None,
-    }
-    for key, value in wanted.items():
-        if config.get(key, value) not in (value, None):
-            raise ConfigError(
-                f"config.json: {key} is {config[key]!r}; the trainer's decoder has {value!r}"
-            )
+    values = {f.name: rope[f.name] for f in fields(RopeScaling) if f.name in rope}
+    return {"rope_theta": theta, "rope_scaling": RopeScaling(**values | {"rope_type": kind})}

@@ -7,10 +7,10 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import get_type_hints
 
-from mconv.trainer.config import RunConfig, load_config
-from mconv.trainer.model_config import RopeScaling
+from mconv.trainer.settings import RunConfig, load_config
+from mconv.trainer.settings.model import RopeScaling
 
-GUIDE = Path(__file__).parents[2] / "docs" / "training.md"
+GUIDE = Path(__file__).parents[3] / "docs" / "training.md"
 
 
 def _text(value: object) -> str:

@@ -9,37 +9,34 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-from ..errors import ConfigError
-from .config import RunConfig
+from ...errors import ConfigError
+from .run import RunConfig
 from .sections import SCHEDULES, SPLIT_BACKWARD
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Degrees:
-    """A layout: ranks are numbered with ``tp`` fastest, then cp, ep and the rest of dp, pp.
-
-    Attributes:
-        pp, dp_replicate, dp_shard, cp, tp: their product is the number of processes.
-        ep: divides ``dp_shard``.
-        stages: pipeline stages of each rank.
-        rows: sequences of a data parallel rank per step.
-        micro_batch: sequences computed at once.
-    """
+    """A layout: ranks are numbered with ``tp`` fastest, then cp, ep and the rest of dp, pp."""
 
     pp: int = 1
     dp_replicate: int = 1
     dp_shard: int = 1
     cp: int = 1
     tp: int = 1
-    ep: int = 1
-    stages: int = 1
-    rows: int = 1
-    micro_batch: int = 1
+    ep: int = 1  # divides dp_shard; the product of the others is the number of processes
+    stages: int = 1  # pipeline stages of each rank
+    rows: int = 1  # sequences of a data parallel rank per step
+    micro_batch: int = 1  # sequences computed at once
 
     @property
     def dp(self) -> int:
         """Data parallel ranks: parts into which the batch is cut."""
         return self.dp_replicate * self.dp_shard
+
+    @property
+    def dp_mod(self) -> int:
+        """What ``ep`` leaves of ``dp_shard``."""
+        return self.dp_shard // self.ep
 
     @property
     def world_size(self) -> int:
@@ -157,6 +154,11 @@ def _check_split_backward(config: RunConfig, d: Degrees) -> None:
 def _check_rest(config: RunConfig, d: Degrees) -> None:
     experts = config.model.num_experts
     train = config.train
+    if experts and "dcp" in config.save.formats:
+        raise ConfigError(
+            'save.formats: "dcp" has no place for single experts; use "shards", and mconv reshard '
+            "--to dcp for a checkpoint that needs it"
+        )
     if d.tp > 1 and train.compile and train.checkpointing == "selective":
         raise ConfigError(
             "train.checkpointing='selective' and train.compile do not go together with parallel.tp "

@@ -1,6 +1,6 @@
 """The configuration of a training run: frozen dataclasses, read from TOML.
 
-One section of the file per dataclass of ``sections.py`` and ``model_config.py``. Unknown sections
+One section of the file per dataclass of ``sections.py`` and ``model.py``. Unknown sections
 and keys are refused with the nearest known name. ``[model]`` may give ``path``, a folder whose
 ``config.json`` has the sizes, and override some. Nothing here imports torch.
 """
@@ -15,10 +15,10 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from ..convert.naming import to_hf
-from ..errors import ConfigError, did_you_mean
-from ..shardio import open_checkpoint
-from .model_config import ModelConfig
+from ...convert.naming import to_hf
+from ...errors import ConfigError, did_you_mean
+from ...shardio import open_checkpoint
+from .model import ModelConfig
 from .sections import (
     DataConfig,
     EvalConfig,
@@ -32,6 +32,11 @@ from .sections import (
     ScheduleConfig,
     TrainConfig,
 )
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 T = TypeVar("T")
 
@@ -66,7 +71,7 @@ def load_config(path: Path, settings: Sequence[str] = ()) -> RunConfig:
         ConfigError: unreadable, not TOML, unknown or missing keys, or values that cannot be.
     """
     try:
-        data = _parse(path.read_text(encoding="utf-8"))
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read as TOML ({error})") from error
     for setting in settings:
@@ -78,46 +83,6 @@ def load_config(path: Path, settings: Sequence[str] = ()) -> RunConfig:
     return build(RunConfig, data, str(path), base)
 
 
-def dump_config(config: RunConfig, folder: Path) -> str:
-    """Return the TOML text that ``load_config`` reads back as ``config`` from a file in ``folder``.
-
-    Paths inside the (absolute) folder are written relative to it.
-    """
-    return "\n".join(
-        line for name, section in asdict(config).items() for line in _table(name, section, folder)
-    )
-
-
-def _table(name: str, section: Mapping[str, Any], folder: Path) -> list[str]:
-    plain = {k: v for k, v in section.items() if v is not None and not isinstance(v, dict)}
-    lines = [f"[{name}]", *(f"{key} = {_toml(value, folder)}" for key, value in plain.items()), ""]
-    for key, value in section.items():
-        if isinstance(value, dict):
-            lines += _table(f"{name}.{key}", value, folder)
-    return lines
-
-
-def _toml(value: object, folder: Path) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, tuple):
-        return f"[{', '.join(_toml(v, folder) for v in value)}]"
-    if isinstance(value, Path):
-        inside = value.relative_to(folder) if value.is_relative_to(folder) else value
-        return json.dumps(inside.as_posix(), ensure_ascii=False)  # TOML's escapes are JSON's
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)
-    return repr(value)
-
-
-def _parse(text: str) -> dict[str, Any]:
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
-    return tomllib.loads(text)
-
-
 def _set(data: dict[str, Any], setting: str) -> None:
     """Put ``a.b=c`` into the tables of ``data``."""
     name, equals, text = setting.partition("=")
@@ -125,7 +90,7 @@ def _set(data: dict[str, Any], setting: str) -> None:
     if not equals or len(keys) < 2:
         raise ConfigError(f"--set {setting}: expected section.key=value, such as optim.lr=3e-4")
     try:
-        value = _parse(f"value = {text}")["value"]
+        value = tomllib.loads(f"value = {text}")["value"]
     except ValueError:
         value = text.strip()  # text without quotes
     table = data

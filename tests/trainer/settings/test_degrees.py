@@ -11,14 +11,14 @@ torch = pytest.importorskip("torch")
 from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from mconv.errors import ConfigError  # noqa: E402
-from mconv.trainer.config import RunConfig  # noqa: E402
-from mconv.trainer.degrees import resolve  # noqa: E402
-from mconv.trainer.model_config import ModelConfig  # noqa: E402
 from mconv.trainer.pipeline import split_layers, stage_indices  # noqa: E402
 from mconv.trainer.planning.dryrun import plan_run  # noqa: E402
-from mconv.trainer.sections import SCHEDULES  # noqa: E402
+from mconv.trainer.settings import RunConfig  # noqa: E402
+from mconv.trainer.settings.degrees import resolve  # noqa: E402
+from mconv.trainer.settings.model import ModelConfig  # noqa: E402
+from mconv.trainer.settings.sections import SCHEDULES  # noqa: E402
 
-from .toys import run_config  # noqa: E402
+from ..toys import run_config  # noqa: E402
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_impossible_layouts_are_refused(
     ("values", "said"),
     [
         ({"schedule": "1F2B"}, "did you mean '1F1B'"),
-        ({"zero": 4}, "must be 0, 1, 2 or 3"),
+        ({"zero": 4}, "none of 0, 1, 2, 3"),
         ({"tp": 0}, "at least 1"),
         ({"cpu_offload": True, "zero": 1}, "needs parallel.zero 2 or 3"),
     ],
