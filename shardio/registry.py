@@ -25,6 +25,7 @@ from .worlds import world_of
 
 _MAX_DIMS = 32  # of numpy before 2.0
 _TRACKERS = ("latest", "latest_checkpointed_iteration.txt", "latest_universal")
+_PARTS = re.compile(r"^(?:optim|train)", re.IGNORECASE)  # of one checkpoint
 _NUMBERED = re.compile(r"^(?:checkpoint|global_step|iter|step|epoch)[-_]?(\d+)$")
 
 
@@ -175,6 +176,7 @@ def locate(start: Path, format: str | None = None) -> tuple[Format, Path]:
         for fmt in known:
             root = fmt.detect(place)
             if root is not None:
+                _check_only(start, place, known)
                 return fmt, root
     names = ", ".join(f.title for f in known)
     raise FormatError(
@@ -183,19 +185,49 @@ def locate(start: Path, format: str | None = None) -> tuple[Format, Path]:
     )
 
 
+def _check_only(start: Path, place: Path, known: tuple[Format, ...]) -> None:
+    """Refuse a folder of several checkpoints where nothing tells which is meant.
+
+    Steps are told by their numbers, and an optimizer in a folder of its own is no model.
+    """
+    if place.parent != start or place in _told(start):
+        return
+    others = []
+    for child in _unnumbered(start):
+        beside = place.resolve() != child.resolve() and not _PARTS.match(child.name)
+        if beside and any(fmt.detect(child) is not None for fmt in known):
+            others.append(child.name)
+    if others:
+        names = ", ".join(sorted([place.name, *others])[:8])
+        raise FormatError(
+            f"{start}: {len(others) + 1} checkpoints lie in this folder and nothing tells which "
+            f"is meant: {names}; name one of them"
+        )
+
+
+def _told(start: Path) -> Iterator[Path]:
+    """The children that a tracker file or their number names, nearest first."""
+    for tracker in _TRACKERS:
+        file = start / tracker
+        if file.is_file() and file.stat().st_size < 4096:
+            name = file.read_text(encoding="utf-8", errors="replace").strip()
+            if name and "/" not in name and os.path.isdir(start / name):  # noqa: PTH112
+                yield start / name
+    children = [c for c in start.iterdir() if c.is_dir() and not c.name.startswith(".")]
+    numbered = [(int(m[1]), c) for c in children if (m := _NUMBERED.match(c.name))]
+    yield from (c for _, c in sorted(numbered, reverse=True))
+
+
+def _unnumbered(start: Path) -> list[Path]:
+    children = [c for c in start.iterdir() if c.is_dir() and not c.name.startswith(".")]
+    return sorted(c for c in children if not _NUMBERED.match(c.name))
+
+
 def _neighbours(start: Path) -> Iterator[Path]:
     yield start
     if start.is_dir():
-        for tracker in _TRACKERS:
-            file = start / tracker
-            if file.is_file() and file.stat().st_size < 4096:
-                name = file.read_text(encoding="utf-8", errors="replace").strip()
-                if name and "/" not in name and os.path.isdir(start / name):  # noqa: PTH112
-                    yield start / name
-        children = [c for c in start.iterdir() if c.is_dir() and not c.name.startswith(".")]
-        numbered = [(int(m[1]), c) for c in children if (m := _NUMBERED.match(c.name))]
-        yield from (c for _, c in sorted(numbered, reverse=True))
-        yield from sorted(c for c in children if not _NUMBERED.match(c.name))
+        yield from _told(start)
+        yield from _unnumbered(start)
     else:
         yield start.parent
     parent = start.resolve().parent if start.is_dir() else start.resolve().parent.parent
