@@ -32,6 +32,8 @@ def _rows(rows: Iterable[tuple[str, str]]) -> None:
 
 def show_report(r: Inspection, tensors: bool | None) -> None:
     """Print the report; the tensors if asked for, or if there are few."""
+    from ..shardio.report import MODEL_FOLDER
+
     _rows(_report_rows(r))
     if tensors or (tensors is None and len(r.tensors) <= _SHOWN):
         width = max((len(t.name) for t in r.tensors), default=0)
@@ -46,6 +48,8 @@ def show_report(r: Inspection, tensors: bool | None) -> None:
     if r.whole:
         for command in r.commands:
             click.echo(f"convert it: {command}")
+        if any(MODEL_FOLDER in command for command in r.commands):
+            click.echo(f"{MODEL_FOLDER}: the folder of its config.json and tokenizer")
 
 
 def _report_rows(r: Inspection) -> Iterator[tuple[str, str]]:

@@ -6,8 +6,9 @@ import os
 import re
 import shlex
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,9 @@ class Inspection:
         return not self.problems
 
 
+MODEL_FOLDER = "MODEL_FOLDER"
+"""What commands say for a folder that the user has to name."""
+_MOST_FILES = 100_000
 _SHARED = 32  # pieces from which a list of files may be one that many tensors share
 _VOCABULARY = re.compile(
     r"(?:^|\.)(?:embed_tokens|embed_in|embed_out|embeddings?|word_embeddings|tok_embeddings|wte|"
@@ -217,22 +221,27 @@ class _Pieces:
 
 
 def present_files(path: str | Path) -> dict[str, tuple[int, int]]:
-    """Return {name pattern: (files, bytes)} of what lies at a path and one level below: for people
+    """Return {name pattern: (files, bytes)} of what lies at a path and two levels below: for people
     who must find out why nothing could be opened. Never raises.
     """
     start = Path(path)
     found: dict[str, tuple[int, int]] = {}
     try:
-        here = sorted(start.iterdir()) if start.is_dir() else []
-        inside = [f for d in here if d.is_dir() and not d.is_symlink() for f in sorted(d.iterdir())]
-        for file in (*here, *inside):
-            if file.is_file():
-                name = re.sub(r"\d+", "*", str(file.relative_to(start)))
-                count, nbytes = found.get(name, (0, 0))
-                found[name] = (count + 1, nbytes + file.stat().st_size)
+        for file in islice(_below(start, 2), _MOST_FILES):
+            name = re.sub(r"\d+", "*", str(file.relative_to(start)))
+            count, nbytes = found.get(name, (0, 0))
+            found[name] = (count + 1, nbytes + file.stat().st_size)
     except (OSError, ValueError):
         return found
     return found
+
+
+def _below(folder: Path, levels: int) -> Iterator[Path]:
+    for entry in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if entry.is_file():
+            yield entry
+        elif levels and entry.is_dir() and not entry.is_symlink():
+            yield from _below(entry, levels - 1)
 
 
 def _files(root: Path, weights: Counter[Path], states: Counter[Path]) -> tuple[FileLine, ...]:
@@ -257,11 +266,15 @@ def _short(root: Path, path: Path) -> str:
 def _commands(ckpt: Checkpoint) -> tuple[str, ...]:
     """The commands that make plain weights and a GGUF of it, with the options that they need."""
     source = shlex.quote(str(ckpt.path))
+    if ckpt.format == "gguf":
+        return f"mconv from-gguf {source} OUT", f"mconv quantize {source} OUT.gguf Q4_K_M"
     names = {p.name for p in ckpt.assets}
-    config = "" if ckpt.config else " --config MODEL_FOLDER"
+    config = "" if ckpt.config else f" --config {MODEL_FOLDER}"
     bare = not names & {"tokenizer.model", "tokenizer.json", "vocab.json"}
-    tokenizer = " --tokenizer MODEL_FOLDER" if bare and ckpt.format != "gguf" else ""
+    tokenizer = f" --tokenizer {MODEL_FOLDER}" if bare else ""
     plain = f"mconv reshard {source} OUT --to hf{config if ckpt.naming != 'hf' else ''}"
+    if any(".lora_A." in name for name in ckpt.weights):  # GGUF has no place for unmerged factors
+        return (plain,)
     return plain, f"mconv to-gguf {source} OUT.gguf{config}{tokenizer}"
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...errors import FormatError
+from ...errors import FormatError, counted
 from ..assets import load_json
 from ..checkpoint import Checkpoint
 from ..coverage import prove
@@ -76,7 +76,7 @@ def open_orbax(root: Path, options: OpenOptions) -> Checkpoint:
         prove(tensors, f"{root}: optimizer state {state}")
     notes = []
     if rest:
-        notes.append(f"{len(rest)} arrays are left out (counters, schedules): {rest[0]}")
+        notes.append(f"left out: {counted(len(rest), 'array')} (counters, schedules): {rest[0]}")
     config, assets = model_files(root, options)
     return Checkpoint(
         path=root,

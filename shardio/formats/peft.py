@@ -36,9 +36,10 @@ def open_peft(root: Path, options: OpenOptions) -> Checkpoint:
     name = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
     base = Path(name) if isinstance(name, str) and name else None
     if base is None or not base.is_dir():
+        where = f"{name!r} is no folder here" if name else f"{CONFIG} does not name it"
         raise UnsupportedError(
-            f"{root}: an adapter without its base model ({name!r} is no folder here): open the "
-            f"base and give --adapter {root}"
+            f"{root}: an adapter without its base model ({where}): open the base and give "
+            f"--adapter {root}"
         )
     fmt, place = locate(base)
     if fmt is get_format("peft"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -121,6 +122,34 @@ def test_commands_say_what_they_need(fixtures_dir: Path) -> None:
     report = inspect_checkpoint(open_checkpoint(fixtures_dir / "torch/dcp_fsdp2_2r/ckpt"))
     assert report.commands[0].startswith("mconv reshard ")
     assert "--tokenizer MODEL_FOLDER" in report.commands[1]
+    assert "MODEL_FOLDER: the folder of its config.json" in run(report.path)
+    frozen = open_checkpoint(fixtures_dir / "deepspeed/z3_dp2_bf16_lora/ckpt")
+    assert [c.split()[1] for c in inspect_checkpoint(frozen).commands] == ["reshard"]
+
+
+CONVERTED = (
+    "colossalai/colossalai_pp2/ckpt", "deepspeed/pp2_dp2_z1_bf16/ckpt", "torch/dcp_zstd_2r/ckpt",
+    "deepspeed/z3_dp3_bf16_odd_subgroups/ckpt", "megatron/llama_tied_tp2pp2/torch",
+    "megatron/mixtral_tp2ep2_etp1/torch_dist", "nanotron/nanotron_tp2_pp2/ckpt",
+    "torch/fairscale_flat_2r/ckpt", "torch/meta_consolidated_tp2/ckpt", "tf/tf2_object/ckpt",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("fixture", CONVERTED)
+def test_the_command_converts_it(
+    fixtures_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fixture: str
+) -> None:
+    """As it stands; in a folder where MODEL_FOLDER is what the command says it is."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "MODEL_FOLDER").mkdir()
+    config = {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64}
+    config |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 320}
+    (tmp_path / "MODEL_FOLDER" / "config.json").write_text(json.dumps(config))
+    command = inspect_checkpoint(open_checkpoint(fixtures_dir / fixture)).commands[0]
+    program, *args = shlex.split(command)
+    result = CliRunner().invoke(cli, args, catch_exceptions=False)
+    assert program == "mconv" and result.exit_code == 0, result.output
+    assert open_checkpoint(tmp_path / "OUT").format == "hf"
 
 
 def test_missing_rank_files_are_named_beside_those_that_are_there(
