@@ -75,13 +75,13 @@ class _Header:
         """Yield (name, shape, whether it is quantized in version 2) in the file's order."""
         d, ff, head = self.dim, self.hidden_dim, self.dim // self.n_heads
         kv = self.n_kv_heads * head
-        matrices = {
+        matrices: dict[str, tuple[int, ...]] = {
             "attention.wq": (d, d), "attention.wk": (kv, d), "attention.wv": (kv, d),
             "attention.wo": (d, d), "ffn_norm": (d,), "feed_forward.w1": (ff, d),
             "feed_forward.w2": (d, ff), "feed_forward.w3": (ff, d),
         }  # fmt: skip
         embedding = ("tok_embeddings.weight", (self.vocab_size, d), True)
-        norms = {"attention_norm": (d,), "ffn_norm": (d,)}
+        norms: dict[str, tuple[int, ...]] = {"attention_norm": (d,), "ffn_norm": (d,)}
         if self.version:
             yield from self._all(norms)
             yield "norm.weight", (d,), False
