@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from ...errors import ConfigError
 from ...shardio.checkpoint import Checkpoint
+from . import megatron_deepspeed
 from ._numbers import check_structure, sizes_of
 from .record import Model, Naming, Request
 from .table import Rule, Table, rule
@@ -20,6 +21,8 @@ _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 def _describe(ckpt: Checkpoint, request: Request) -> Model:
     names = ckpt.args.get("hf_names")
     if not isinstance(names, Mapping):
+        if megatron_deepspeed.is_megatron_deepspeed(ckpt):
+            return megatron_deepspeed.NAMING.describe(ckpt, request)
         raise ConfigError(
             f"{ckpt.path}: the layers of this pipeline have names of no known model "
             f"({', '.join(list(ckpt.weights)[:3])}...): mconv can merge it, but not name it"

@@ -120,7 +120,8 @@ def naming_of(weights: Iterable[str]) -> str:
         return neox.NAMING
     if any(n[:1].isdigit() for n in names):
         return "deepspeed-pipeline"
-    return "megatron" if any(".self_attention.query_key_value" in n for n in names) else "hf"
+    megatron = any(".self_attention.query_key_value" in n for n in names)
+    return "megatron-deepspeed" if megatron else "hf"
 
 
 def hf_names(weights: Mapping[str, LazyTensor], tied: Mapping[str, str]) -> dict[str, str] | None:

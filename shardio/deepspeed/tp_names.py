@@ -2,7 +2,9 @@
 and Megatron-DeepSpeed without ``universal_checkpoint_info``.
 
 Column-parallel layers are cut on dim 0 with their bias, row-parallel ones on dim 1 with the bias on
-every rank; norms are on every rank. The vocabulary is cut unless every rank has all of its rows.
+every rank; norms are on every rank. The vocabulary is cut unless every rank has all of its rows. In
+the pipelines of BLOOM's time the copies drifted apart, and the published models have their mean
+(transformers ``convert_bloom_original_checkpoint_to_pytorch.py``).
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from typing import Any
 from ...errors import UnsupportedError
 from ..placement import Fused, Placement, Replicate, Shard
 from . import neox
+from .fused import Average
 
 _ROW = re.compile(
     r"(?:^|\.)(?:o_proj|down_proj|out_proj|fc2|dense_4h_to_h|"
@@ -23,7 +26,11 @@ _COLUMN = re.compile(
     r"(?:^|\.)(?:q_proj|k_proj|v_proj|gate_proj|up_proj|fc1|w1|w3|query_key_value|query|key_value|"
     r"dense_h_to_4h|c_fc)\.(?:weight|bias)$"
 )
-_VOCABULARY = re.compile(r"(?:^|\.)(?:embed_tokens|word_embeddings|wte|lm_head|embed_out)\.weight$")
+_VOCABULARY = re.compile(
+    r"(?:^|\.)(?:embed_tokens|word_embeddings|wte|lm_head|embed_out|output_layer)\.weight$"
+)
+_LAYER = re.compile(r"^(?:\d+|tied_modules\.embed)\.")
+_FINAL_NORM = re.compile(r"^\d+\.(?:weight|bias)$")
 _WHOLE = re.compile(r"(?:norm|ln_\d|ln_f|position_embeddings|rotary|router|gate\.w)[^.]*\b", re.I)
 
 
@@ -51,8 +58,9 @@ def placement(
     """
     if "neox" in hints:
         return neox.placement(name, shapes, hints["neox"], source)
+    copies = Average() if _LAYER.match(name) else Replicate()
     if match := _ROW.search(name):
-        return Shard(1) if match[1] == "weight" else Replicate()
+        return Shard(1) if match[1] == "weight" else copies
     if _COLUMN.search(name):
         if "dense_h_to_4h" in name and hints.get("swiglu"):
             half = sum(s[0] for s in shapes) // 2
@@ -60,8 +68,10 @@ def placement(
         return Shard(0)
     if _VOCABULARY.search(name):
         return Replicate() if shapes[0][0] == hints.get("vocab_size") else Shard(0)
-    if not shapes[0] or _WHOLE.search(name):
+    if not shapes[0]:
         return Replicate()
+    if _WHOLE.search(name) or (len(shapes[0]) == 1 and _FINAL_NORM.match(name)):
+        return copies
     raise UnsupportedError(
         f"{source}: nothing says how {name!r} (parts {list(shapes)}) is cut over tensor-parallel "
         "ranks: no universal_checkpoint_info, and the name is not one of the usual layers"
