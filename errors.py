@@ -48,6 +48,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def counted(number: int, noun: str) -> str:
-    """Return a number with its noun: ``1 tensor``, ``2,000 tensors``."""
-    return f"{number:,} {noun if number == 1 else noun + 's'}"
+def counted(number: int, one: str, many: str | None = None) -> str:
+    """Return a number with what it counts: ``1 tensor``, ``2,000 tensors``.
+
+    Args:
+        number: how many.
+        one: what follows 1; a verb may belong to it: ``tensor is``.
+        many: what follows other numbers, if it is not ``one`` with an s.
+    """
+    return f"{number:,} {one if number == 1 else many or one + 's'}"

@@ -13,7 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from ..errors import ConfigError
+from ..errors import ConfigError, counted
 from ..shardio.box import extent
 from ..shardio.dtypes import is_float
 from ..shardio.payload import row_slabs
@@ -128,7 +128,8 @@ def refuse(problems: Sequence[str], architecture: Architecture, file: GgufFile) 
     rest = len(problems) - _SHOWN
     more = f"\n  ... and {rest} more" if rest > 0 else ""
     return ConfigError(
-        f"{file.paths[0]}: {len(problems)} tensors do not fit {architecture.name} as the metadata "
+        f"{file.paths[0]}: {counted(len(problems), 'tensor does', 'tensors do')} "
+        f"not fit {architecture.name} as the metadata "
         f"describe it:\n{shown}{more}"
     )
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ConfigError, FormatError, UnsupportedError
+from ..errors import ConfigError, FormatError, UnsupportedError, counted
 from ..quant import GgmlType, type_by_name
 from ..shardio.assets import load_json
 from ..shardio.payload import BytesPayload
@@ -179,7 +179,8 @@ def _refuse(adapter: Adapter) -> None:
     whole = [n for n in adapter.whole if not any(mark in n for mark in _NORMS)]
     if whole:
         raise UnsupportedError(
-            f"{adapter.folder}: {len(whole)} tensors are whole, not low-rank ({whole[0]}; "
+            f"{adapter.folder}: {counted(len(whole), 'tensor is', 'tensors are')} "
+            f"whole, not low-rank ({whole[0]}; "
             f"modules_to_save or trained biases), GGUF adapters cannot hold them{_MERGE}"
         )
     biased = [m for m, parts in adapter.modules.items() if "lora_B.bias" in parts]

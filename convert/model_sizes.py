@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ConfigError
+from ..errors import ConfigError, counted
 from ..quant import type_by_name
 from ..quant.recipes import ModelFacts, RecipeOptions, TensorRecord, choose, parse_target
 from ..shardio import open_checkpoint
@@ -196,7 +196,8 @@ def _records(
     match = match_tensors(architecture, config, weights, tied)
     if match.problems:
         raise ConfigError(
-            f"{len(match.problems)} tensors do not fit config.json, such as {match.problems[0]}"
+            f"{counted(len(match.problems), 'tensor does', 'tensors do')} "
+            f"not fit config.json, such as {match.problems[0]}"
         )
     return [
         TensorRecord(

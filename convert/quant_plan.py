@@ -13,7 +13,7 @@ from math import prod
 
 import numpy as np
 
-from ..errors import QuantError, did_you_mean
+from ..errors import QuantError, counted, did_you_mean
 from ..quant import ErrorSums, GgmlType
 from ..quant.recipes import (
     Choice,
@@ -249,7 +249,9 @@ def plan_warnings(
     for plan in plans:
         odd = [t.name for t in plan.tensors if "do not fit" in t.note]
         if odd:
-            out.append(f"{plan.target.name}: {len(odd)} tensors got another type: {listed(odd)}")
+            out.append(
+                f"{plan.target.name}: {counted(len(odd), 'tensor')} got another type: {listed(odd)}"
+            )
         if plan.unmet:
             out.append(f"{plan.target.name}: needs an importance matrix for {listed(plan.unmet)}")
     return tuple(out)

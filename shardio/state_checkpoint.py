@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, FormatError, UnsupportedError
+from ..errors import ConfigError, FormatError, UnsupportedError, counted
 from .assets import CONFIG, around, find_assets, load_config, load_json
 from .checkpoint import Checkpoint
 from .layout import Layout
@@ -221,7 +221,8 @@ def _notes(tree: StateTree) -> list[str]:
     if others:
         listed = ", ".join(f"{name or 'the top level'!s} ({n} tensors)" for name, n in others[:5])
         notes.append(
-            f"weights are taken from {where} ({len(tree.weights)} tensors); also there: {listed}"
+            f"weights are taken from {where} ({counted(len(tree.weights), 'tensor')}); "
+            f"also there: {listed}"
         )
     extra = [n for n in tree.opaque if n.rpartition(".")[2].startswith("_extra_state")]
     if extra:
@@ -232,7 +233,10 @@ def _notes(tree: StateTree) -> list[str]:
         n for n, v in tree.opaque.items() if isinstance(v, (Record, Deferred)) and n not in extra
     )
     if other:
-        notes.append(f"{len(other)} entries of {where} are no tensors: {', '.join(other[:3])}")
+        notes.append(
+            f"no tensors, {counted(len(other), 'entry', 'entries')} "
+            f"of {where}: {', '.join(other[:3])}"
+        )
     return notes
 
 
@@ -252,8 +256,8 @@ def _name_all(
         lost = [k for k in lost if k in optimizer.states]
         if lost and table:
             notes.append(
-                f"optimizer {dotted(optimizer.path)!r}: {len(lost)} states belong to no weight and "
-                f"are left out, the first: {lost[0]}"
+                f"optimizer {dotted(optimizer.path)!r}: "
+                f"{counted(len(lost), 'state')} of no weight left out, the first: {lost[0]}"
             )
         elif lost:
             notes.append(

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import counted
 from . import dtypes
 from .checkpoint import Checkpoint, Tensors
 from .layout import Layout
@@ -158,7 +159,10 @@ def _groups(
     left = [n for n in trained if not any(n in names for names in named)]
     if left:
         named[0] |= set(left)
-        notes.append(f"{len(left)} weights are in no parameter group: put into the first one")
+        notes.append(
+            f"{counted(len(left), 'weight is', 'weights are')} "
+            "in no parameter group: put into the first one"
+        )
     return tuple(
         Group(tuple(n for n in trained if n in names), found)
         for names, found in zip(named, settings, strict=True)

@@ -8,7 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from mconv.errors import counted
+from safetensors.numpy import save_file
 
 
 def mconv(*args: object) -> subprocess.CompletedProcess[str]:
@@ -156,3 +159,14 @@ def test_force_replaces_what_is_no_folder(zero3: Path, tmp_path: Path, kind: str
     assert [p.name for p in target.parent.iterdir()] == ["hf"]
     assert (target / "model.safetensors").is_file() and not target.is_symlink()
     assert kind != "link" or (linked / "kept").exists()
+
+
+def test_one_thing_is_not_several(tmp_path: Path) -> None:
+    save_file({"a.weight": np.zeros((2, 3), np.float32)}, tmp_path / "model.safetensors")
+    shown = mconv("inspect", tmp_path).stdout
+    assert "6 in 1 tensor, " in shown and ", 1 file\n" in shown and "1 piece of weights" in shown
+    done = mconv("reshard", tmp_path, tmp_path / "out")
+    assert "1 tensor, 6 parameters, " in done.stdout
+    assert [counted(n, "tensor is", "tensors are") for n in (0, 1, 2000)] == [
+        "0 tensors are", "1 tensor is", "2,000 tensors are",
+    ]  # fmt: skip

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from ...errors import ConfigError, did_you_mean
+from ...errors import ConfigError, counted, did_you_mean
 from ...shardio.dequant import Coded
 from ...shardio.tensor import LazyTensor
 from ..gguf.tensors import BlockTensor
@@ -97,7 +97,8 @@ def map_tensors(
         rest = len(match.problems) - _SHOWN
         more = f"\n  ... and {rest} more (`mconv check` lists them)" if rest > 0 else ""
         raise ConfigError(
-            f"{len(match.problems)} tensors do not fit {architecture.name} as config.json "
+            f"{counted(len(match.problems), 'tensor does', 'tensors do')} "
+            f"not fit {architecture.name} as config.json "
             f"describes it:\n{shown}{more}\nCheck that config.json belongs to this checkpoint and "
             "that no shard is missing"
         )
@@ -216,7 +217,7 @@ def _missing(chosen: list[Line], found: Mapping[str, LazyTensor], aliases: set[s
     for line in chosen:
         absent = [n for n in line.sources if n not in found and n not in aliases]
         if len(absent) == len(line.sources) > 1 and line.required:
-            lines.append(f"missing: {line.title} ({len(absent)} tensors)")
+            lines.append(f"missing: {line.title} ({counted(len(absent), 'tensor')})")
         elif line.required or len(absent) < len(line.sources):
             lines += [f"missing: {name}" for name in absent]
     return lines

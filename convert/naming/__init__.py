@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-from ...errors import ConfigError, did_you_mean
+from ...errors import ConfigError, counted, did_you_mean
 from ...shardio.checkpoint import Checkpoint
 from ...shardio.state_checkpoint import LateMapping
 from ...shardio.tensor import LazyTensor
@@ -75,8 +75,8 @@ def to_hf(
     warnings = [*ckpt.warnings, *model.warnings]
     if dropped:
         warnings.append(
-            f"{len(dropped)} tensors have no place in a Hugging Face {model.table.name} model and "
-            f"are left out: {', '.join(dropped[:3])}{'...' if len(dropped) > 3 else ''}"
+            f"{counted(len(dropped), 'tensor')} left out, without a place in a Hugging Face "
+            f"{model.table.name} model: {', '.join(dropped[:3])}{'...' if len(dropped) > 3 else ''}"
         )
     states = {
         state: model.table.to_hf(_without(tensors, model.left_out)[0], model.sizes, state)

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from ...errors import ConfigError, LayoutError, did_you_mean
+from ...errors import ConfigError, LayoutError, counted, did_you_mean
 from ...shardio.tensor import LazyTensor
 from .transforms import TRANSFORMS, Sizes, Transform
 
@@ -156,7 +156,8 @@ class Table:
             more = f"\n  ... and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
             shown = "\n".join(f"  {p}" for p in problems[:_SHOWN])
             raise ConfigError(
-                f"{len(problems)} tensors do not fit the {self.name} model:\n{shown}{more}\n"
+                f"{counted(len(problems), 'tensor does', 'tensors do')} "
+                f"not fit the {self.name} model:\n{shown}{more}\n"
                 "A config.json of another model_type may fit (--config), or the checkpoint is not "
                 "whole"
             )

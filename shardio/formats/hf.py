@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import FormatError, UnsupportedError
+from ...errors import FormatError, UnsupportedError, counted
 from ..assets import load_json
 from ..checkpoint import Checkpoint
 from ..chunked import Chunked
@@ -144,7 +144,8 @@ def _parts(
     stale = stale_files(files, used)
     if stale:
         notes.append(
-            f"{len(stale)} files are not in the index and not read (left over from an earlier "
+            f"{counted(len(stale), 'file is', 'files are')} "
+            "not in the index and not read (left over from an earlier "
             f"save): {', '.join(stale[:4])}"
         )
     return index, {n: folder / n for n in used}
@@ -199,7 +200,8 @@ def _select(
         if twice:
             name, where = next(iter(twice.items()))
             raise FormatError(
-                f"{folder}: {len(twice)} tensors are in several files and there is no index to "
+                f"{folder}: {counted(len(twice), 'tensor is', 'tensors are')} "
+                "in several files and there is no index to "
                 f"tell which is valid; the first: {name!r} in {', '.join(where)}"
             )
         if not places:
@@ -209,7 +211,8 @@ def _select(
     extra = [n for n in places if n not in index]
     if extra:
         notes.append(
-            f"{len(extra)} tensors are in the files but not in the index; they are read too: "
+            f"{counted(len(extra), 'tensor is', 'tensors are')} "
+            "in the files but not in the index; they are read too: "
             f"{extra[0]}"
         )
     chosen = {n: tables[f][n] for n, f in index.items()}
@@ -218,7 +221,10 @@ def _select(
             raise FormatError(f"{folder}: {name!r} is in several files and not in the index")
         chosen[name] = tables[places[name][0]][name]
     if twice:
-        notes.append(f"{len(twice)} tensors are in several files; the index tells which is read")
+        notes.append(
+            f"{counted(len(twice), 'tensor is', 'tensors are')} "
+            "in several files; the index tells which is read"
+        )
     replicas = {
         n: tuple(as_lazy(tables[f][n]) for f in files if f != index[n])
         for n, files in twice.items()
@@ -239,7 +245,8 @@ def _check_index(
     where = places.get(name)
     found = f"it is in {', '.join(where)}" if where else "it is in none of the files"
     raise FormatError(
-        f"{folder}: the index and the files disagree on {len(lost)} tensors: {name!r} should be "
+        f"{folder}: the index and the files disagree on {counted(len(lost), 'tensor')}: "
+        f"{name!r} should be "
         f"in {index[name]}, but {found}; shard files were swapped, or belong to different saves"
     )
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from ...errors import FormatError
+from ...errors import FormatError, counted
 from ..checkpoint import Checkpoint, Tensors
 from ..coverage import prove
 from ..dcp_metadata import METADATA, metadata_files
@@ -151,7 +151,10 @@ def _unknown(container: Container, args: Mapping[str, object]) -> list[str]:
         if not (_MODEL.match(key) or OPTIMIZER.match(key) or _BUFFERS.search(key))
     ]
     if other:
-        notes.append(f"{len(other)} tensors are no part of a GPT model: {', '.join(other[:4])}")
+        notes.append(
+            f"{counted(len(other), 'tensor is', 'tensors are')} "
+            f"no part of a GPT model: {', '.join(other[:4])}"
+        )
     return notes
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...errors import FormatError, UnsupportedError
+from ...errors import FormatError, UnsupportedError, counted
 from ..assets import load_json
 from ..checkpoint import Checkpoint
 from ..coverage import prove
@@ -141,7 +141,8 @@ def _from_objects(bundle: Bundle, notes: list[str]) -> dict[str, LazyTensor]:
         weights[name] = bundle.tensor(variable.key)
     if others:
         notes.append(
-            f"{len(others)} variables are not the model's (optimizer, counters) and are left out, "
+            "left out, as not the model's (optimizer, counters): "
+            f"{counted(len(others), 'variable')}, "
             f"such as {others[0].removesuffix(SUFFIX)}"
         )
     return weights

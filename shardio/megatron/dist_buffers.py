@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ...errors import FormatError, LayoutError, UnsupportedError
+from ...errors import FormatError, LayoutError, UnsupportedError, counted
 from ..box import Index
 from ..checkpoint import Tensors
 from ..chunked import Chunked
@@ -85,7 +85,9 @@ def from_buffers(
     for state, named in whole.items():
         lost = [n for n in weights if is_parameter(n) and n not in named]
         if lost:
-            raise UnsupportedError(f"flat buffers: no {state} of {len(lost)} tensors, {lost[0]}...")
+            raise UnsupportedError(
+                f"flat buffers: no {state} of {counted(len(lost), 'tensor')}, {lost[0]}..."
+            )
     return whole
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import UnsupportedError
+from ...errors import UnsupportedError, counted
 from .. import dtypes
 from ..box import Index
 from ..chunked import zeros
@@ -131,7 +131,8 @@ def optimizer_plan(run: Run) -> OptimizerPlan:
     bare = {n: t for n, t in run.ckpt.weights.items() if is_parameter(n) and n not in masters}
     if bare:
         run.notes.append(
-            f"{len(bare)} weights have no optimizer states (frozen?): Megatron will train them, "
+            f"{counted(len(bare), 'weight has', 'weights have')} "
+            "no optimizer states (frozen?): Megatron will train them, "
             f"from zero moments: {', '.join([*bare][:3])}"
         )
     masters = masters | {n: t.cast(dtypes.FLOAT32) for n, t in bare.items()}
@@ -141,7 +142,7 @@ def optimizer_plan(run: Run) -> OptimizerPlan:
     missing = [s for s in _FLAT.values() if s not in states]
     if run.distributed and missing:
         raise UnsupportedError(
-            f"Megatron's distributed optimizer keeps Adam's moments; the source has no "
+            "Megatron's distributed optimizer keeps Adam's moments; the source has no "
             f"{', '.join(missing)}: use --zero-stage 0"
         )
     kinds = sorted(
