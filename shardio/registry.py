@@ -26,7 +26,10 @@ from .worlds import world_of
 _MAX_DIMS = 32  # of numpy before 2.0
 _TRACKERS = ("latest", "latest_checkpointed_iteration.txt", "latest_universal")
 _PARTS = re.compile(r"^(?:optim|train)", re.IGNORECASE)  # of one checkpoint
-_NUMBERED = re.compile(r"^(?:checkpoint|global_step|iter|step|epoch)[-_]?(\d+)$")
+_NUMBERED = re.compile(
+    r"^(?:epoch=\d+-)?(?:checkpoint|ckpt|global_step|iter|iteration|step|epoch|ep)?[-_=]?(\d+)"
+    r"(?:\.ckpt)?$"
+)
 
 
 @dataclass(frozen=True, slots=True)

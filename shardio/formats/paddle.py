@@ -36,6 +36,7 @@ _COLUMN = re.compile(r"\.(?:[qkv]_proj|qkv_proj|gate_proj|up_proj|w1|w3)\.(?:wei
 _GATE_UP = re.compile(r"\.gate_up_fused_proj\.(?:weight|bias)$")
 _ROW = re.compile(r"\.(?:o_proj|down_proj|w2)\.weight$")
 _KEY_VALUE = re.compile(r"\.[kv]_proj\.(?:weight|bias)$")
+_STATE = re.compile(r"_(?:moment[12]|beta[12]_pow_acc|velocity)_\d+$")  # of an optimizer
 _EMBEDDING, _HEAD = re.compile(r"(?:^|\.)embed_tokens\.weight$"), "lm_head.weight"
 
 Rank = tuple[tuple[str, int], ...]
@@ -168,7 +169,7 @@ def _weights(file: PaddleFile) -> dict[str, LazyTensor]:
     """Return the model's tensors: those of the dict that has most, and is no optimizer's."""
     groups: dict[tuple[str, ...], int] = {}
     for keys in file.tensors:
-        if not any("optim" in k.lower() for k in keys[:-1]):
+        if not any("optim" in k.lower() for k in keys[:-1]) and not _STATE.search(keys[-1]):
             groups[keys[:-1]] = groups.get(keys[:-1], 0) + 1
     return file.below(*max(groups, key=lambda g: groups[g])) if groups else {}
 

@@ -13,13 +13,13 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from ...errors import FormatError, UnsupportedError
 from ..assets import load_json
 from ..box import row_major
 from ..chunked import Chunk, Chunked
+from ..dtypes import from_torch
 from ..source import FileSource, Source
 
 ARRAY = ".zarray"
@@ -79,8 +79,8 @@ def _sizes(folder: Path, meta: Any, key: str) -> tuple[int, ...]:
 
 
 def _dtype(folder: Path, name: object) -> np.dtype:
-    if name == "bfloat16":
-        return np.dtype(ml_dtypes.bfloat16)
+    if isinstance(name, str) and name.startswith(("bfloat16", "float8_")):
+        return from_torch(name)  # as JAX and Megatron name what zarr lacks
     try:
         dtype = np.dtype(str(name))
     except TypeError:

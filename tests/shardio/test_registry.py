@@ -21,9 +21,12 @@ def value(path: Path) -> float:
     return float(open_checkpoint(path).weights["w"].read()[0])
 
 
-def test_the_highest_step_is_opened(tmp_path: Path) -> None:
-    for step in (9, 10, 100):
-        model(tmp_path / f"checkpoint-{step}", step)
+@pytest.mark.parametrize(
+    "name", ["checkpoint-{}", "step_{}", "{}", "ckpt-{}", "epoch=1-step={}.ckpt", "iter_{:07d}"]
+)
+def test_the_highest_step_is_opened(tmp_path: Path, name: str) -> None:
+    for step in (9, 20, 100):
+        model(tmp_path / name.format(step), step)
     model(tmp_path / "best", 1)
     assert value(tmp_path) == 100
 

@@ -169,6 +169,14 @@ def test_pieces_of_old_protocols_are_joined(tmp_path: Path) -> None:
         open_checkpoint(path)
 
 
+def test_larger_optimizers_beside_the_model_are_no_weights(tmp_path: Path) -> None:
+    one = np.ones((2, 2), np.float32)
+    states = {f"linear_0.w_0_{kind}_0": one for kind in ("moment1", "moment2", "beta1_pow_acc")}
+    path = tmp_path / "all.pdparams"
+    path.write_bytes(pickle.dumps({"net": {"w": one, "b": one}, "opt": states}))
+    assert set(open_checkpoint(path).weights) == {"w", "b"}
+
+
 def test_missing_rank_is_named(tmp_path: Path) -> None:
     shutil.copytree(HERE / "tp4", tmp_path / "run")
     (tmp_path / "run" / "model_state.tp02.pdparams").unlink()
