@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..errors import ConfigError, MconvError
 from ..shardio import Checkpoint, from_array
 from ..shardio.assets import find_assets
@@ -157,6 +159,8 @@ def to_gguf(
 def open_source(src: Checkpoint | str | Path, config: str | Path | None) -> Checkpoint:
     """Open a checkpoint, its weights decoded unless GGUF takes their blocks as they are.
 
+    They are decoded to float32, so that they are rounded once, to the output's type.
+
     Raises:
         MconvError: it cannot be opened.
     """
@@ -168,7 +172,7 @@ def open_source(src: Checkpoint | str | Path, config: str | Path | None) -> Chec
         taken = find_architecture(ckpt.config).quantized
     except MconvError:  # told by what comes after
         taken = ()
-    return ckpt if settings.get("quant_method") in taken else dequantized(ckpt)
+    return ckpt if settings.get("quant_method") in taken else dequantized(ckpt, np.dtype("f4"))
 
 
 def _plan(
@@ -393,4 +397,4 @@ def _tensors(
         values = one.build(config)
         if values is not None:
             extra.append(MappedTensor(one.gguf, "(computed)", from_array(values), True))
-    return extra + own_formats(map_tensors(architecture, config, ckpt.weights, ckpt.tied))
+    return own_formats(extra + map_tensors(architecture, config, ckpt.weights, ckpt.tied))

@@ -45,8 +45,12 @@ _INT8 = -128, 127
 Parts = dict[str, LazyTensor]
 
 
-def dequantized(ckpt: Checkpoint) -> Checkpoint:
+def dequantized(ckpt: Checkpoint, dtype: np.dtype | None = None) -> Checkpoint:
     """Return the checkpoint with plain weights; itself where it is not quantized.
+
+    Args:
+        ckpt: the checkpoint.
+        dtype: of the weights that are decoded; None: the one the model computes in.
 
     Raises:
         FormatError: tensors missing or of shapes that do not fit each other.
@@ -55,7 +59,7 @@ def dequantized(ckpt: Checkpoint) -> Checkpoint:
     settings = (ckpt.config or {}).get("quantization_config")
     if ckpt.config is None or not isinstance(settings, Mapping):
         return ckpt
-    dtype = _dtype(ckpt.config)
+    dtype = _dtype(ckpt.config) if dtype is None else dtype
     modules, weights, dropped = _grouped(ckpt.weights)
     for module, parts in modules.items():
         tensor = _decode(module, parts, settings, dtype)
