@@ -103,7 +103,7 @@ class _Reader:
         listed = self._listed(names)
         if listed is None or [len(g) for g in listed] != [len(s) for s in shapes]:
             listed = None
-        groups = listed or _split_by_shape(names, shapes)
+        groups = listed or _split_by_shape(names, shapes) or _without_frozen(names, shapes)
         if groups is None:
             return None
         self.groups = groups
@@ -175,3 +175,27 @@ def _split_by_shape(
         groups[takers[0]][name] = shape
     full = all(len(g) == len(s) for g, s in zip(groups, shapes, strict=True))
     return groups if full else None
+
+
+def _without_frozen(
+    names: Mapping[str, Shape], shapes: Sequence[Sequence[Shape]]
+) -> Grouped | None:
+    """One group of fewer parameters than the model has: the others were frozen.
+
+    None unless the shapes fit the model's order in one way only, that is, unless taking the first
+    place that fits, from either end, gives the same.
+    """
+    if len(shapes) != 1:
+        return None
+    early = _first_fit(list(names), names, shapes[0])
+    late = _first_fit(list(names)[::-1], names, shapes[0][::-1])
+    return [{n: names[n] for n in early}] if early and early == late[::-1] else None
+
+
+def _first_fit(
+    order: Sequence[str], names: Mapping[str, Shape], shapes: Sequence[Shape]
+) -> list[str]:
+    """The first names, in order, that have the shapes one after the other; empty without a fit."""
+    left = iter(order)
+    found = [next((n for n in left if names[n] == shape), "") for shape in shapes]
+    return found if all(found) else []

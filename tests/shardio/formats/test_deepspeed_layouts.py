@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mconv.errors import FormatError, MconvError, UnsupportedError
 from mconv.shardio.coverage import prove
-from mconv.shardio.deepspeed import combine, zero3, zero12
+from mconv.shardio.deepspeed import combine, zero0, zero3, zero12
 from mconv.shardio.deepspeed.affine import read_affine
 from mconv.shardio.deepspeed.fields import Fields
 from mconv.shardio.deepspeed.fused import Average, Blocks
@@ -260,3 +260,23 @@ def test_rules_that_cannot_be_applied(info: dict[str, object]) -> None:
 def test_malformed_rules(info: dict[str, object]) -> None:
     with pytest.raises(FormatError):
         rules(**info)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "want"),
+    [
+        ([(4, 2), (3,), (2, 2)], ["a", "b", "d"]),  # c was frozen, nothing else fits
+        ([(4, 2), (3,)], None),  # b or c
+        ([(2, 2), (3,)], None),  # not in this order
+        ([(4, 2), (3,), (3,), (2, 2)], ["a", "b", "c", "d"]),
+    ],
+)
+def test_stage_0_states_with_frozen_parameters(
+    shapes: list[tuple[int, ...]], want: list[str] | None
+) -> None:
+    names = {"a": (4, 2), "b": (3,), "e": (5,), "c": (3,), "d": (2, 2)}
+    if want == ["a", "b", "d"]:
+        names["c"] = (7,)
+    found = zero0._without_frozen(names, [shapes])
+    assert (None if found is None else list(found[0])) == want
+    assert zero0._without_frozen(names, [shapes, shapes]) is None
