@@ -35,6 +35,7 @@ def prepare(
     tokenizer: Path | None = None,
     with_optimizer: bool = False,
     verify: bool = True,
+    keep: str | None = None,
 ) -> Checkpoint:
     """Return the checkpoint in HF names with the chosen weights, proven whole.
 
@@ -47,6 +48,7 @@ def prepare(
         tokenizer: folder or file that tells the vocabulary size otherwise.
         with_optimizer: keep and prove the optimizer states too.
         verify: compare replicas and a sample of master copies with the weights.
+        keep: a naming that stays as it is, when the checkpoint has it.
 
     Raises:
         FormatError: holes, overlaps, short files, copies that disagree.
@@ -68,7 +70,9 @@ def prepare(
     chosen = _choose(ckpt, weights)
     kept = ckpt.optimizer if with_optimizer else {}
     size = vocab_size if vocab_size is not None else vocab_size_of(ckpt, tokenizer)
-    out = to_hf(replace(ckpt, weights=chosen, optimizer=kept), vocab_size=size)
+    out = replace(ckpt, weights=chosen, optimizer=kept)
+    if ckpt.naming != keep:
+        out = to_hf(out, vocab_size=size)
     if tokenizer is not None and tokenizer.is_dir():
         out = replace(out, assets=find_assets([tokenizer, *(p.parent for p in out.assets)]))
     if with_optimizer and not kept:

@@ -13,7 +13,7 @@ from ..shardio.assets import find_assets, load_config, load_json
 from ..shardio.safetensors_plan import plan_json
 from ..shardio.staging import fingerprint, write_folder
 from ..shardio.stream import Limits, OutFile, Progress
-from ..shardio.writers import Planned, get_writer
+from ..shardio.writers import Planned, Writer, writer_for
 from .model_order import in_model_order
 from .naming import from_hf
 from .prepare import prepare
@@ -91,14 +91,15 @@ def reshard(
             vocab_size=vocab_size, tokenizer=tokenizer, verify=verify, force=force, resume=resume,
             dry_run=dry_run, limits=limits, progress=progress,
         )  # fmt: skip
+    writer = writer_for(ckpt, layout, also=[GGUF])
     if with_optimizer is None:
-        with_optimizer = _to_train_on(layout) and bool(ckpt.optimizer)
+        with_optimizer = writer.resumes and bool(ckpt.optimizer)
     ready = prepare(
         ckpt, weights=weights, dtype=dtypes.parse_cast(layout.dtype) if layout.dtype else None,
         vocab_size=vocab_size, tokenizer=Path(tokenizer) if tokenizer is not None else None,
-        with_optimizer=with_optimizer, verify=verify,
+        with_optimizer=with_optimizer, verify=verify, keep=writer.naming if writer.keeps else None,
     )  # fmt: skip
-    work = _plan(ckpt, ready, layout, weights, with_optimizer, dry_run=dry_run)
+    work = _plan(ckpt, ready, writer, layout, weights, with_optimizer, dry_run=dry_run)
     if not dry_run:
         write_folder(
             Path(dst), work.files, plan=work.digest, sources=work.sources, force=force,
@@ -132,21 +133,17 @@ class _Work:
         return ReshardReport(target, sizes, len(self.weights.weights), parameters, self.warnings)
 
 
-def _to_train_on(layout: Layout) -> bool:
-    return get_writer(layout.format, also=[GGUF]).resumes
-
-
 def _plan(
     ckpt: Checkpoint,
     ready: Checkpoint,
+    writer: Writer,
     layout: Layout,
     weights: str,
     with_optimizer: bool,
     *,
     dry_run: bool,
 ) -> _Work:
-    """Lay all files out; ``ready`` is the checkpoint with Hugging Face names."""
-    writer = get_writer(layout.format, also=[GGUF])
+    """Lay all files out; ``ready`` has Hugging Face names, or those that the writer keeps."""
     ready = from_hf(in_model_order(ready) if writer.ordered else ready, writer.naming)
     planned = writer.plan(ready, layout)
     groups = (ckpt.weights, *(ckpt.optimizer.values() if with_optimizer else ()))

@@ -20,7 +20,7 @@ from . import neox
 from .combine import Whole, combine
 from .folder import latest, scan
 from .grid import Grid, read_grid
-from .pipeline import hf_names, naming_of
+from .pipeline import NAMING, hf_names, naming_of, stage_record
 
 FORMAT = "deepspeed"
 
@@ -113,6 +113,8 @@ def _args(grid: Grid, whole: Whole) -> dict[str, Any]:
     names = hf_names(whole.part.weights, whole.part.tied) if grid.folder.layers else None
     if names:
         known["hf_names"] = names
+    if naming_of(whole.part.weights) == NAMING:
+        known["pipeline"] = stage_record(grid, whole.tp)
     if first.training_dtype:
         known["training_dtype"] = first.training_dtype
     if neox.is_neox(whole.part.weights):

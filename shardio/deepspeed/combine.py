@@ -61,9 +61,9 @@ def combine(grid: Grid, config: Mapping[str, Any] | None) -> Whole:
         )
     else:
         parts = [_rank(grid, mp) for mp in range(tp)]
-    if tp == 1:
-        return Whole(parts[0], tp, pp)
     rules = rules_of(grid.first, grid.optims[0], config)
+    if tp == 1:
+        return _unpadded(Whole(parts[0], tp, pp), rules)
     if neox.is_neox(parts[0].weights):
         settings = neox.read_settings(grid.folder.path, grid.first.fields.plain("args"), config)
         rules = replace(rules, hints={"neox": settings})
@@ -122,7 +122,9 @@ def merged(parts: Sequence[Part], rules: Rules, tp: int, pp: int) -> Whole:
                 f"{rules.source}: tensor-parallel ranks 0 and {k} do not hold the same tensors "
                 f"({odd!r} is on one only)"
             )
-    whole = Whole(Part(tied=first.tied, cut=first.cut, warnings=first.warnings), tp, pp)
+    whole = Whole(
+        Part(tied=first.tied, cut=first.cut, warnings=first.warnings, scalars=first.scalars), tp, pp
+    )
     for state in first.optimizer:
         whole.part.optimizer[state] = {
             name: _tensor(name, [p.optimizer[state][name] for p in parts], rules, state)[0]
@@ -135,13 +137,31 @@ def merged(parts: Sequence[Part], rules: Rules, tp: int, pp: int) -> Whole:
         whole.part.weights[name] = tensor
         whole.placements[name] = placement
         _note(whole, name, [p.weights[name] for p in parts], rules)
+    _tell_trimmed(whole, rules)
+    return whole
+
+
+def _unpadded(whole: Whole, rules: Rules) -> Whole:
+    """Drop the padding rows of a vocabulary that no tensor parallelism cut."""
+    part = whole.part
+    for tensors in (part.weights, *part.optimizer.values()):
+        for name, tensor in tensors.items():
+            rows = rules.rows(name)
+            if rows is not None and tensor.ndim and tensor.shape[0] > rows:
+                tensors[name] = tensor.slice([slice(0, rows)])
+                if tensors is part.weights:
+                    whole.trimmed.append(name)
+    _tell_trimmed(whole, rules)
+    return whole
+
+
+def _tell_trimmed(whole: Whole, rules: Rules) -> None:
     if whole.trimmed:
         whole.part.warnings.append(
             f"the vocabulary is padded for tensor parallelism; {', '.join(whole.trimmed)} "
             f"{'has' if len(whole.trimmed) == 1 else 'have'} its {rules.vocab} real rows "
             "(original_vocab_size in the checkpoint)"
         )
-    return whole
 
 
 def _tensor(

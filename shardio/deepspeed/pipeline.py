@@ -10,17 +10,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from ...errors import FormatError
 from ..source import FileSource
-from ..stored import lazy
+from ..stored import lazy, plain
 from ..tensor import LazyTensor
-from . import neox
+from . import neox, zero0
 from .fields import Fields
 from .folder import Folder, load, missing
 from .grid import Grid, read_all
 from .parts import Part, add_zero12
+from .states import ModelState
 
+NAMING = "deepspeed-pipeline"
 _TIED = re.compile(r"^tied_modules\.([^.]+)\.(.+)$")
 
 
@@ -63,22 +66,81 @@ def stages(grid: Grid, tp: int) -> list[Part]:
     found = []
     for t in range(tp):
         part = Part(weights=dict(layers[t]))
+        rest = list(part.weights)
         for mp in range(t, len(grid.models), tp):
             stage = Part(weights=part.weights)
             if grid.optims[mp]:
                 add_zero12(stage, grid.models[mp][0], grid.optims[mp])
-            for state, tensors in stage.optimizer.items():
-                known = part.optimizer.setdefault(state, {})
-                known.update({n: x for n, x in tensors.items() if n not in known})
+            else:
+                _add_zero0(stage, grid.models[mp][0], rest)
+            _join(part, stage)
         _name_tied(part)
         _check_layers(grid, part)
         found.append(part)
     return found
 
 
+def _join(part: Part, stage: Part) -> None:
+    """Add a stage's optimizer; tied weights are in several, and equal."""
+    for state, tensors in stage.optimizer.items():
+        known = part.optimizer.setdefault(state, {})
+        known.update({n: x for n, x in tensors.items() if n not in known})
+    part.warnings += [w for w in stage.warnings if w not in part.warnings]
+    old, new = (p.scalars.get("param_groups") for p in (part, stage))
+    if not part.scalars:
+        part.scalars = stage.scalars
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        part.scalars["param_groups"] = [
+            {**a, "params": [*a["params"], *b["params"]]} for a, b in zip(old, new, strict=True)
+        ]
+
+
+def _add_zero0(stage: Part, model: ModelState, rest: list[str]) -> None:
+    """Add the optimizer of a stage without ZeRO, which lies in its model file.
+
+    Its parameters are those that the file lists (mconv's does), else as many of the next layers'
+    (``rest``, from which they are taken) as it has.
+    """
+    weights: dict[str, LazyTensor] = {}
+    for name, shape in ((n, s) for g in model.groups or () for n, s in g.items()):
+        inner = match[2] if (match := _TIED.match(name)) else name.partition(".")[2]
+        same = (w for n, w in stage.weights.items() if n.partition(".")[2] == inner)
+        found = next((w for w in same if w.shape == shape), None)
+        if found is not None:
+            weights[name] = found
+    if not model.groups and model.fields.get("optimizer") is not None:
+        f = model.fields.sub("optimizer")
+        f = f.sub("optimizer_state_dict") if "optimizer_state_dict" in f.data else f
+        count = sum(len(g["params"]) for g in plain(f.get("param_groups")) or ())
+        weights = {n: stage.weights[n] for n in rest[:count]}
+        del rest[:count]
+    stage.optimizer, stage.scalars, stage.warnings = zero0.read_optimizer(model, weights)
+
+
+def stage_record(grid: Grid, tp: int) -> dict[str, Any] | None:
+    """What the optimizers tell about the cut: layers with weights of every stage, and the stages
+    that hold each tied module. None where the files do not list parameters.
+    """
+    layers: list[list[int]] = []
+    tied: dict[str, list[int]] = {}
+    for stage, mp in enumerate(range(0, len(grid.models), tp)):
+        groups = grid.models[mp][0].groups
+        if not groups:
+            return None
+        found: set[int] = set()
+        for name in (n for group in groups for n in group):
+            match = _TIED.match(name)
+            if match is None:
+                found.add(int(name.partition(".")[0]))
+            elif stage not in tied.setdefault(match[1], []):
+                tied[match[1]].append(stage)
+        layers.append(sorted(found))
+    return {"stages": layers, "tied": tied}
+
+
 def _name_tied(part: Part) -> None:
     """Give the first layer that owns a tied weight the name its optimizer has for it."""
-    masters = part.optimizer.get("master", {})
+    masters = part.optimizer.get("master") or next(iter(part.optimizer.values()), {})
     for name, master in masters.items():
         match = _TIED.match(name)
         if match is None:
@@ -119,7 +181,7 @@ def naming_of(weights: Iterable[str]) -> str:
     if neox.is_neox(names):
         return neox.NAMING
     if any(n[:1].isdigit() for n in names):
-        return "deepspeed-pipeline"
+        return NAMING
     megatron = any(".self_attention.query_key_value" in n for n in names)
     return "megatron-deepspeed" if megatron else "hf"
 

@@ -41,6 +41,9 @@ class Source:
         dtype: element type that training computes in.
         config: the ds_config to be written.
         notes: what could not be carried, in plain words.
+        mp: number of the model-parallel rank that this is a part for (stage * tp + tensor rank).
+        pp, tp: model-parallel sizes.
+        rules: ``universal_checkpoint_info``, how parameters are cut.
     """
 
     ckpt: Checkpoint
@@ -48,6 +51,10 @@ class Source:
     dtype: np.dtype
     config: dict[str, Any]
     notes: list[str] = field(default_factory=list)
+    mp: int = 0
+    pp: int = 1
+    tp: int = 1
+    rules: Mapping[str, Any] | None = None
 
     def note(self, text: str) -> None:
         """Add a note once."""
@@ -74,12 +81,18 @@ def source_of(ckpt: Checkpoint, layout: Layout, stage: int) -> Source:
     return Source(ckpt, training, dtype, config, notes)
 
 
-def model_state(source: Source, module: Mapping[str, Any], dp: int) -> dict[str, Any]:
-    """The content of a model-states file, without shapes and frozen parameters."""
+def model_state(source: Source, module: Mapping[str, Any] | None, dp: int) -> dict[str, Any]:
+    """The content of a model-states file, without shapes and frozen parameters.
+
+    Args:
+        source: the part of the rank.
+        module: its weights; None where they are in layer files.
+        dp: data-parallel ranks.
+    """
     ckpt, step = source.ckpt, source.step
     samples = ckpt.args.get("global_samples")
     state: dict[str, Any] = {
-        "module": OrderedDict(module),
+        "module": None if module is None else OrderedDict(module),
         "buffer_names": list(source.training.buffers),
         "optimizer": None,
         "shared_params": {a: o for a, o in ckpt.tied.items() if o in ckpt.weights},
@@ -90,13 +103,15 @@ def model_state(source: Source, module: Mapping[str, Any], dp: int) -> dict[str,
         "skipped_steps": ckpt.args.get("skipped_steps") or 0,
         "global_steps": step,
         "dp_world_size": dp,
-        "mp_world_size": 1,
-        "checkpoint_parallel_dimensions": {"pp_degree": 1, "tp_degree": 1},
+        "mp_world_size": source.pp * source.tp,
+        "checkpoint_parallel_dimensions": {"pp_degree": source.pp, "tp_degree": source.tp},
         "ds_config": source.config,
         "ds_version": VERSION,
     }
     if isinstance(samples, int):  # else DeepSpeed computes it from its own batch size
         state["global_samples"] = samples
+    if source.rules:
+        state["universal_checkpoint_info"] = dict(source.rules)
     return state | _client_state(source, set(state))
 
 
@@ -110,6 +125,8 @@ def optimizer_head(source: Source) -> dict[str, Any]:
         "ds_version": VERSION,
     }
     clip = source.ckpt.scalars.get("clip_grad", source.config.get("gradient_clipping"))
+    if source.rules:
+        head["universal_checkpoint_info"] = dict(source.rules)
     # loading overrides the engine's own setting, so an unknown one is left out
     return head | ({"clip_grad": clip} if isinstance(clip, (int, float)) else {})
 

@@ -44,6 +44,9 @@ class Writer:
         ordered: it numbers weights, so they must come in the order in which the model registers
             them.
         resumes: it is written to train on: optimizer states go along unless told otherwise.
+        keeps: a source that has its names already keeps them, instead of going through those of
+            Hugging Face.
+        instead: the name of the writer for a source and layout, where it is another one.
     """
 
     name: str
@@ -52,6 +55,8 @@ class Writer:
     plan: Callable[[Checkpoint, Layout], Planned]
     resumes: bool = True
     ordered: bool = False
+    keeps: bool = False
+    instead: Callable[[Checkpoint, Layout], str | None] = lambda ckpt, layout: None
 
 
 @lru_cache(maxsize=1)
@@ -83,3 +88,14 @@ def get_writer(name: str, also: Sequence[str] = ()) -> Writer:
             f"targets: {', '.join(sorted(known))}"
         )
     return writer
+
+
+def writer_for(ckpt: Checkpoint, layout: Layout, also: Sequence[str] = ()) -> Writer:
+    """Return the writer of a layout for a source.
+
+    Raises:
+        ConfigError: with the closest known name.
+    """
+    writer = get_writer(layout.format, also)
+    other = writer.instead(ckpt, layout)
+    return writer if other is None else get_writer(other)

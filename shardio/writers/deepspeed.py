@@ -1,7 +1,8 @@
 """``--to deepspeed``: ZeRO stage 0 to 3 for ``dp`` ranks, which ``load_checkpoint`` resumes.
 
 ``<tag>/`` with a model file (stage 3: one per rank), an optimizer file per rank (stage 0 has it in
-the model file, whatever ``dp``), and ``latest``.
+the model file, whatever ``dp``), and ``latest``; all that for each of the ``tp`` ranks of AutoTP.
+Pipelines go to ``deepspeed_pipeline``.
 Parameters lie in the flat vectors in the order of the checkpoint's weights, which must be the order
 in which the model registers them. Without optimizer states only stage 3 has optimizer files, since
 its weights lie there.
@@ -11,17 +12,21 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
-from ...errors import LayoutError
 from ..box import Index
 from ..checkpoint import Checkpoint
 from ..deepspeed.flat_cut import FlatGroup, shard_vector, subgroups
+from ..deepspeed.mp_part import Cut, part_of
+from ..deepspeed.pipeline import NAMING
 from ..deepspeed.stage0_cut import stage0_optimizer
 from ..deepspeed.state_files import SUB_GROUP, Source, model_state, optimizer_head, source_of
+from ..deepspeed.tp_cut import autotp_info, autotp_placements, ties
 from ..dtypes import BFLOAT16, is_float
 from ..layout import Layout
 from ..pickle_write import Instance, Name, torch_size
+from ..placement import Replicate
 from ..safetensors_plan import plan_bytes
 from ..stream import OutFile
 from ..tensor import LazyTensor
@@ -30,31 +35,66 @@ from ..training_state import with_aliases
 from . import Planned, Writer
 from ._common import assets, only_axes
 
+Module = dict[str, LazyTensor]
+
 
 def plan(ckpt: Checkpoint, layout: Layout) -> Planned:
     """Plan the save folder.
 
     Raises:
-        LayoutError: axes other than dp.
+        LayoutError: axes other than tp and dp, a tp that does not divide the heads.
+        UnsupportedError: a model that AutoTP cannot cut.
     """
-    if layout.tp > 1 or layout.pp > 1:
-        cut = " and ".join(f"{a}={n}" for a, n in (("tp", layout.tp), ("pp", layout.pp)) if n > 1)
-        raise LayoutError(
-            f"format 'deepspeed' cannot be cut by {cut}: the stages of a PipelineModule depend on "
-            "the list of layers in the training script, and AutoTP cuts a Hugging Face model when "
-            "training starts (--to hf); write ZeRO with --dp, or Megatron's formats for --tp, --pp"
-        )
-    only_axes(layout, "dp", "zero_stage")
+    only_axes(layout, "tp", "dp", "zero_stage")
     source = source_of(ckpt, layout, layout.zero_stage)
-    make = {0: _whole, 3: _sharded}.get(layout.zero_stage, _replicated)
-    files = list(make(source, layout))
+    cut = Cut({})
+    if layout.tp > 1:
+        cut = Cut(autotp_placements(ckpt, layout.tp), layout.tp)
+        source = _autotp(source, cut)
+    parts = [part_of(source, cut, rank=rank) for rank in range(cut.tp)]
+    files = [f for part in parts for f in rank_files(part, layout, _module(part))]
     files.append(plan_bytes("latest", source.tag.encode()))
     return Planned((*files, *assets(ckpt)), tuple(source.notes))
 
 
+def rank_files(source: Source, layout: Layout, module: Module | None) -> Iterator[OutFile]:
+    """The files of one model-parallel rank.
+
+    Args:
+        source: its part of the model.
+        layout: the target.
+        module: its weights in the training dtype; None where layer files have them (no stage 3).
+    """
+    if module is None:
+        return (_replicated if layout.zero_stage else _whole)(source, layout, None)
+    make = {0: _whole, 3: _sharded}.get(layout.zero_stage, _replicated)
+    return make(source, layout, module)
+
+
+def _autotp(source: Source, cut: Cut) -> Source:
+    """The source with AutoTP's metadata and settings."""
+    section: dict[str, Any] = {"autotp_size": cut.tp}
+    tied = ties(source.ckpt)
+    if tied:
+        rows = not isinstance(cut.placements[tied[0]], Replicate)
+        section["vocab_parallel_lm_head"] = rows
+        how = "cut by rows" if rows else "whole on every rank"
+        source.note(
+            f"{tied[0]} is tied to the head and {how}: train with tensor_parallel: "
+            f"{{autotp_size: {cut.tp}, vocab_parallel_lm_head: {str(rows).lower()}}}"
+        )
+    config = {**source.config, "tensor_parallel": section}
+    return replace(source, config=config, rules=autotp_info(source.ckpt, cut.placements))
+
+
 def _name(source: Source, rank: int) -> str:
     prefix = "bf16_" if source.dtype == BFLOAT16 else ""
-    return f"{source.tag}/{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+    return f"{source.tag}/{prefix}zero_pp_rank_{rank}_mp_rank_{source.mp:02d}_optim_states.pt"
+
+
+def model_file(source: Source) -> str:
+    """The model file of a rank up to stage 2."""
+    return f"{source.tag}/mp_rank_{source.mp:02d}_model_states.pt"
 
 
 def _shapes(source: Source) -> list[dict[str, Index]]:
@@ -67,14 +107,18 @@ def _param_shapes(groups: list[dict[str, Index]]) -> list[OrderedDict[str, Any]]
     return [OrderedDict((n, torch_size(s)) for n, s in g.items()) for g in groups]
 
 
-def _module(source: Source) -> dict[str, LazyTensor]:
+def _module(source: Source) -> Module:
     """All weights in the training dtype, tied ones as one storage; buffers as they are."""
+    return with_aliases(module_weights(source), source.ckpt.tied)
+
+
+def module_weights(source: Source) -> Module:
+    """The weights in the training dtype; buffers as they are."""
     buffers = set(source.training.buffers)
-    found = {
+    return {
         n: t if n in buffers or not is_float(t.dtype) else t.cast(source.dtype)
         for n, t in source.ckpt.weights.items()
     }
-    return with_aliases(found, source.ckpt.tied)
 
 
 def _optimizer(source: Source, states: Mapping[int, Any], params: list[list[int]]) -> Any:
@@ -87,25 +131,26 @@ def _optimizer(source: Source, states: Mapping[int, Any], params: list[list[int]
 # -- stage 0 --------------------------------------------------------------------------------------
 
 
-def _whole(source: Source, layout: Layout) -> Iterator[OutFile]:
+def _whole(source: Source, layout: Layout, module: Module | None) -> Iterator[OutFile]:
     """One file for all ranks."""
-    state = model_state(source, _module(source), layout.dp)
+    state = model_state(source, module, layout.dp)
     state["optimizer"] = stage0_optimizer(source)
     # DeepSpeed writes None and never looks at it; without it nobody could name the parameters
     state["param_shapes"] = _param_shapes(_shapes(source))
     state["frozen_param_shapes"] = state["frozen_param_fragments"] = None
     source.note("ZeRO stage 0: every rank holds the whole optimizer; --zero-stage 1, 2 or 3 cut it")
-    yield plan_torch_file(f"{source.tag}/mp_rank_00_model_states.pt", state)
+    yield plan_torch_file(model_file(source), state)
 
 
 # -- stages 1 and 2 -------------------------------------------------------------------------------
 
 
-def _replicated(source: Source, layout: Layout) -> Iterator[OutFile]:
+def _replicated(source: Source, layout: Layout, module: Module | None) -> Iterator[OutFile]:
     shapes = _shapes(source)
-    module = _module(source)
     state = model_state(source, module, layout.dp)
-    frozen = {n: module[n] for n in source.training.frozen} if layout.zero_stage == 2 else None
+    frozen = None
+    if module is not None and layout.zero_stage == 2:
+        frozen = {n: module[n] for n in source.training.frozen}
     state["param_shapes"] = _param_shapes(shapes)
     state["frozen_param_shapes"] = None
     state["frozen_param_fragments"] = None
@@ -114,7 +159,7 @@ def _replicated(source: Source, layout: Layout) -> Iterator[OutFile]:
             (n, torch_size(t.shape)) for n, t in frozen.items()
         )
         state["frozen_param_fragments"] = OrderedDict(frozen)
-    yield plan_torch_file(f"{source.tag}/mp_rank_00_model_states.pt", state)
+    yield plan_torch_file(model_file(source), state)
     if not source.training.states:
         source.note(
             "no optimizer files: load with load_optimizer_states=False (load_module_only=True)"
@@ -166,7 +211,7 @@ def _address(start: int, numel: int) -> Instance:
 # -- stage 3 --------------------------------------------------------------------------------------
 
 
-def _sharded(source: Source, layout: Layout) -> Iterator[OutFile]:
+def _sharded(source: Source, layout: Layout, module: Module) -> Iterator[OutFile]:
     limit = int(source.config["zero_optimization"].get("sub_group_size", SUB_GROUP))
     cut = [subgroups(shapes, layout.dp, limit) for shapes in _shapes(source)]
     flat = [sub for subs in cut for sub in subs]
@@ -175,7 +220,7 @@ def _sharded(source: Source, layout: Layout) -> Iterator[OutFile]:
             f"cut into {len(flat)} sub-groups of {limit} elements per rank: train with the same "
             "zero_optimization.sub_group_size"
         )
-    yield from _model_shards(source, layout, flat)
+    yield from _model_shards(source, layout, module, flat)
     numbers = iter(range(len(flat)))
     params = [[next(numbers) for _ in subs] for subs in cut]
     for rank in range(layout.dp):
@@ -183,18 +228,17 @@ def _sharded(source: Source, layout: Layout) -> Iterator[OutFile]:
 
 
 def _model_shards(
-    source: Source, layout: Layout, flat: list[dict[str, Index]]
+    source: Source, layout: Layout, module: Module, flat: list[dict[str, Index]]
 ) -> Iterator[OutFile]:
     """Placeholders of all parameters, buffers, each rank's part of the frozen ones."""
-    module: dict[str, Any] = dict(_module(source))
     buffers, frozen = set(source.training.buffers), source.training.frozen
     hollow = Vector(source.dtype, 0)
-    placeholders = {n: t if n in buffers else hollow for n, t in module.items()}
+    placeholders: dict[str, Any] = {n: t if n in buffers else hollow for n, t in module.items()}
     state = model_state(source, placeholders, layout.dp)
     state["param_shapes"] = _param_shapes(flat)
     state["frozen_param_shapes"] = OrderedDict((n, torch_size(module[n].shape)) for n in frozen)
     state["frozen_param_fragments"] = OrderedDict()
-    names = [f"{source.tag}/zero_pp_rank_{rank}_mp_rank_00_model_states.pt"
+    names = [f"{source.tag}/zero_pp_rank_{rank}_mp_rank_{source.mp:02d}_model_states.pt"
              for rank in range(layout.dp)]  # fmt: skip
     if not frozen:
         yield from plan_torch_files(names, state)
@@ -228,4 +272,10 @@ def _optimizer_shard(
     return _optimizer_file(source, rank, optimizer)
 
 
-WRITER = Writer("deepspeed", "DeepSpeed ZeRO-0 to 3", "hf", plan, ordered=True)
+def _instead(ckpt: Checkpoint, layout: Layout) -> str | None:
+    """A pipeline stays one (ZeRO-2 and 3 do not go with it), and stages make one."""
+    stays = ckpt.naming == NAMING and layout.zero_stage < 2
+    return NAMING if stays or layout.pp > 1 or layout.pp_layers else None
+
+
+WRITER = Writer("deepspeed", "DeepSpeed ZeRO-0 to 3", "hf", plan, ordered=True, instead=_instead)

@@ -34,14 +34,25 @@ def megatron(name: str, kind: str) -> st.SearchStrategy[Layout]:
     )  # fmt: skip
 
 
+def deepspeed(kind: str) -> st.SearchStrategy[Layout]:
+    """ZeRO, with AutoTP's ranks or as a pipeline."""
+    zero = st.builds(
+        lambda dp, zero, tp: Layout("deepspeed", dp=dp, zero_stage=zero, tp=tp),
+        SMALL, st.integers(0, 3), ONE if kind == "mixtral" else HALF,
+    )  # fmt: skip
+    pipe = st.builds(
+        lambda dp, pp: Layout("deepspeed-pipeline", dp=dp, zero_stage=1, pp=pp), SMALL, SMALL
+    )
+    return st.one_of(zero, pipe)
+
+
 def layouts(kind: str) -> st.SearchStrategy[Layout]:
     """Layouts of every target that can hold such a model with its optimizer."""
     found = [
         st.sampled_from([Layout("hf"), Layout("torch"), Layout("deepspeed-universal")]),
         st.builds(lambda f, dp, tp: Layout(f, dp=dp, tp=tp), st.sampled_from(["dcp", "hf-dcp"]),
                   SMALL, SMALL),
-        st.builds(lambda dp, zero: Layout("deepspeed", dp=dp, zero_stage=zero), SMALL,
-                  st.integers(0, 3)),
+        deepspeed(kind),
         megatron("megatron", kind),
         megatron("megatron-dist", kind),
     ]  # fmt: skip
@@ -97,7 +108,8 @@ def test_metas_files_give_the_weights_back(kind: str, tied: bool, theta: float) 
 def test_every_writer_is_among_the_targets() -> None:
     """A new target belongs into the chains above."""
     known = {"hf", "torch", "deepspeed-universal", "dcp", "hf-dcp", "deepspeed", "megatron",
-             "megatron-dist", "torchtitan", "nanotron", "meta"}  # fmt: skip
+             "deepspeed-pipeline", "megatron-dist", "torchtitan", "nanotron",
+             "meta"}  # fmt: skip
     assert set(writers()) == known
 
 
@@ -110,6 +122,9 @@ def test_every_writer_is_among_the_targets() -> None:
         ("llama", "megatron-dist:pp=3", "pp="),
         ("mixtral", "megatron:ep=3", "ep=2 or ep=4"),
         ("mixtral", "megatron-dist:ep=3", "ep=2 or ep=4"),
+        ("llama", "deepspeed:tp=3", "tp=2"),
+        ("llama", "deepspeed:pp=8,zero=1", "pp=7"),
+        ("llama", "deepspeed:pp=2,zero=2", "zero_stage=1"),
         ("llama", "meta:tp=3", "tp=2 or tp=4"),
         ("llama", "nanotron:tp=3", "tp=2"),
         ("llama", "nanotron:pp=9", "pp="),
@@ -128,7 +143,7 @@ def test_impossible_sizes_name_the_nearest(
 
 @pytest.mark.parametrize(
     "text",
-    ["hf:tp=2", "torch:dp=2", "dcp:pp=2", "hf-dcp:ep=2", "deepspeed:tp=2", "deepspeed:pp=2",
+    ["hf:tp=2", "torch:dp=2", "dcp:pp=2", "hf-dcp:ep=2", "deepspeed:ep=2", "deepspeed:pp=2,cp=2",
      "deepspeed-universal:dp=2", "torchtitan:pp=2", "nanotron:ep=2", "meta:dp=2", "gguf:tp=2"],
 )  # fmt: skip
 def test_axes_that_a_target_lacks_are_refused(tmp_path: Any, text: str) -> None:
