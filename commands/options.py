@@ -89,8 +89,60 @@ def _keep_workers(ctx: click.Context, param: click.Parameter, value: int | None)
     ctx.meta[_WORKERS] = value
 
 
+def workers_option(fn: F) -> F:
+    """How many processes write."""
+    return click.option(
+        "--workers",
+        type=click.IntRange(1),
+        expose_value=False,
+        is_eager=True,
+        callback=_keep_workers,
+        help="Processes to write with (default: one; those of torchrun under torchrun).",
+    )(fn)
+
+
+def _measure(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    """Tell at the end what the command took, on stderr."""
+    if not value:
+        return
+    from ..shardio.usage import Meter
+
+    meter = Meter()
+
+    def tell() -> None:
+        used = meter.usage()
+        moved = ""
+        if used.read_bytes is not None and used.written_bytes is not None:
+            moved = f", {human(used.read_bytes)} read, {human(used.written_bytes)} written"
+        peak = f"peak memory {human(max(used.peaks))}"
+        if len(used.peaks) > 1:
+            peak += (
+                f" in the largest of {len(used.peaks)} processes, {human(sum(used.peaks))} in all"
+            )
+        rank = f"rank {os.environ.get('RANK')}: " if _under_torchrun() else ""
+        click.echo(
+            f"{rank}{used.seconds:.2f} s, {used.cpu_seconds:.2f} s of CPU time{moved}, {peak}",
+            err=True,
+        )
+
+    ctx.call_on_close(tell)
+
+
+def measure_option(fn: F) -> F:
+    """Whether to tell what the command took."""
+    return click.option(
+        "--measure",
+        is_flag=True,
+        expose_value=False,
+        is_eager=True,
+        callback=_measure,
+        help="Tell time, CPU time, bytes and peak memory, of all worker processes together.",
+    )(fn)
+
+
 def output_options(fn: F) -> F:
     """Options about writing."""
+    fn = measure_option(workers_option(fn))
     for option in (
         click.option(
             "--max-memory",
@@ -100,14 +152,6 @@ def output_options(fn: F) -> F:
             help="Working memory over all threads.",
         ),
         click.option("--threads", type=click.IntRange(1), help="Worker threads (default: cores)."),
-        click.option(
-            "--workers",
-            type=click.IntRange(1),
-            expose_value=False,
-            is_eager=True,
-            callback=_keep_workers,
-            help="Processes to write with (default: one; those of torchrun under torchrun).",
-        ),
         click.option("--force", is_flag=True, help="Replace an existing output."),
         click.option("--resume", is_flag=True, help="Continue an interrupted run."),
         click.option("--dry-run", is_flag=True, help="Plan and check everything, write nothing."),

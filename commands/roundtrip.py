@@ -14,10 +14,12 @@ from .options import (
     Size,
     human,
     limits,
+    measure_option,
     progress_bar,
     render_options,
     show_json,
     warn,
+    workers_option,
 )
 
 if TYPE_CHECKING:
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
 @click.option("--vocab-size", type=click.IntRange(1), help="True vocabulary size, where padded.")
 @click.option("--max-memory", type=Size(), default=1 << 30, show_default="1GiB")
 @click.option("--threads", type=click.IntRange(1), help="Worker threads (default: cores).")
+@workers_option
+@measure_option
 @click.option("--config", type=click.Path(exists=True), help="config.json, if it has none.")
 @click.option("--format", "source_format", help="Format of SRC, if not to be found out.")
 @render_options

@@ -18,6 +18,7 @@ from ..shardio import Checkpoint, Layout, open_checkpoint
 from ..shardio.compare import Difference, compare, in_parallel, same
 from ..shardio.dtypes import FLOAT32
 from ..shardio.stream import Limits, Progress
+from ..shardio.team import ALONE, Team, together
 from ..shardio.tensor import LazyTensor
 from ..shardio.training_state import MASTER, optimizer_step
 from ..shardio.writers import get_writer
@@ -76,7 +77,7 @@ def roundtrip(
         vocab_size: true vocabulary size where the source is padded.
         config: config.json or model folder, where the source has none.
         weights_only: leave the optimizer out.
-        limits: memory and threads.
+        limits: memory, threads and processes.
         progress: called with (bytes done, bytes in all) of each conversion.
         on_step: called before each conversion.
 
@@ -98,14 +99,41 @@ def roundtrip(
     first = opened(src, config)
     size = vocab_size if vocab_size is not None else vocab_size_of(first)
     states = bool(first.optimizer) and not weights_only
-    folder = Path(tempfile.mkdtemp(prefix="mconv-roundtrip-", dir=work))
+    team = limits.team if limits else ALONE
+    folder = _shared_folder(team, work)
     try:
         last, reports = _chain(
             first, layouts, folder, states, size, limits=limits, progress=progress, on_step=on_step
         )
-        return _compare(first, last, layouts, reports, states, size)
+
+        def judge() -> RoundtripReport | None:
+            if team.rank:
+                return None  # one process compares, the others wait
+            return _compare(first, last, layouts, reports, states, size)
+
+        report = team.gather(together(team, judge))[0]
+        assert isinstance(report, RoundtripReport)
+        return report
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if team.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _shared_folder(team: Team, work: str | Path | None) -> Path:
+    """A temporary folder that the first process made.
+
+    Raises:
+        ConfigError: a process does not see it, being on another machine.
+    """
+    made = tempfile.mkdtemp(prefix="mconv-roundtrip-", dir=work) if team.rank == 0 else None
+    folder = Path(team.gather(made)[0])
+
+    def seen() -> None:
+        if not folder.is_dir():
+            raise ConfigError(f"{folder} is not seen here: give --work a folder that all share")
+
+    together(team, seen)
+    return folder
 
 
 def _chain(
@@ -120,6 +148,7 @@ def _chain(
     on_step: Step | None,
 ) -> tuple[Checkpoint, list[ReshardReport]]:
     """Convert step by step; the folder before the last one is deleted as soon as it was read."""
+    team = limits.team if limits else ALONE
     reports: list[ReshardReport] = []
     for k, layout in enumerate(layouts):
         if on_step:
@@ -130,7 +159,7 @@ def _chain(
             progress=progress,
         )  # fmt: skip
         reports.append(report)
-        if k:
+        if k and team.rank == 0:
             shutil.rmtree(folder / str(k - 1))
         found = open_checkpoint(target)
         ckpt = found if found.config is not None else replace(found, config=ckpt.config)

@@ -1,7 +1,8 @@
 """Writing with several processes of one machine: each forked one makes its share of the plan.
 
 The plan is made once, before the fork, so that the children share its memory; they send nothing
-back but the bytes they have finished and how they ended. Used where threads are held up by Python
+back but the bytes they have finished, their peak memory and how they ended. Used where threads are
+held up by Python
 itself: encoding many small pieces, casts, permutations.
 """
 
@@ -18,6 +19,7 @@ from ..errors import MconvError, OutputError
 from .shares import Share
 from .stream import Journal, Limits, OutFile, Progress, write_share
 from .team import HaltedError
+from .usage import Peak, own_peak, tell
 
 _TELL_EVERY = 0.2  # seconds
 
@@ -80,6 +82,9 @@ def _listen(
                 if progress:
                     progress(sum(d for d, _ in state.values()), sum(t for _, t in state.values()))
                 continue
+            if isinstance(said, Peak):
+                tell(said)
+                continue
             if said is not None:
                 errors.append(said)
                 stop()
@@ -119,5 +124,6 @@ def _main(pipe: Connection, *arguments: Any) -> None:
         said = e
     except Exception as e:  # a bug of ours must reach the parent as such
         said = MconvError(f"worker process {share.rank}: {type(e).__name__}: {e}")
+    pipe.send(own_peak())
     pipe.send(said)
     pipe.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -74,3 +75,34 @@ def test_torchrun_can_be_left_out(source: Path, tmp_path: Path) -> None:
     done = process("reshard", source, tmp_path / "one", *MEGATRON, "--workers", "1", env=own)
     assert done.code == 0, done.err
     assert done.out.count("wrote ") == 1
+
+
+def test_the_workers_of_a_command_are_measured_together(source: Path, tmp_path: Path) -> None:
+    done = mconv("reshard", source, tmp_path / "one", *MEGATRON, "--workers", "3", "--measure")
+    assert done.code == 0, done.err
+    said = re.search(r"of CPU time, (\S+ \S+) read, (\S+ \S+) written, peak memory", done.err)
+    assert said, done.err
+    assert "in the largest of 4 processes" in done.err
+    units = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9}
+    number, unit = said[2].split()
+    size = sum(f.stat().st_size for f in (tmp_path / "one").rglob("*") if f.is_file())
+    assert float(number) * units[unit] >= 0.99 * size
+
+
+@pytest.mark.parametrize("options", [(), ("--workers", "2")])
+def test_a_roundtrip_by_forked_workers(
+    source: Path, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    via = ("--via", "megatron:tp=2", "--via", "dcp:dp=3", "--work", tmp_path)
+    done = mconv("roundtrip", source, *via, *options)
+    assert done.code == 0, done.err
+    assert "lossless" in done.out
+    assert not tree(tmp_path)
+
+
+def test_a_roundtrip_under_torchrun(source: Path, tmp_path: Path) -> None:
+    via = ("--via", "megatron:tp=2", "--via", "dcp:dp=3", "--work", tmp_path)
+    done = torchrun(2, "roundtrip", source, *via, cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert done.out.count("lossless") == 1
+    assert not [n for n in tree(tmp_path) if "roundtrip" in n]
