@@ -7,5 +7,5 @@ To read it, from the run to the bytes: ``loop.py`` (a step, and the hooks around
 
 * ``settings/``: the TOML file of a run, and which parallel degrees are possible;
 * ``text/``: text to tokens; ``lora/``: adapters;
-* ``measure/``: what is measured while a run goes on; ``planning/``: before it; ``delivery/``: after.
+* ``planning/``, ``measure/``, ``delivery/``: before a run, while it goes on, after it.
 """

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from .batch import DataSource
@@ -22,7 +21,7 @@ from .optim import rate, scale, set_rate, settle, total_norm
 from .resume import CheckpointHook
 from .settings import RunConfig
 from .state import TrainState
-from .text.source import open_data, prepare
+from .text.source import open_on_all
 
 
 def train(config: RunConfig, meshes: Meshes) -> Run:
@@ -31,13 +30,7 @@ def train(config: RunConfig, meshes: Meshes) -> Run:
     Raises:
         MconvError: the data or the configuration cannot be used.
     """
-    train = config.train
-    folder = config.save.folder
-    if meshes.world.get_rank() == 0:
-        prepare(config.data, train.seq_len, folder)
-    dist.barrier()
-    data = open_data(config.data, train.seq_len, train.seed, config.model.vocab_size, folder)
-    run = new_run(config, meshes, data)
+    run = new_run(config, meshes, open_on_all(config))
     log = LogHook()
     run_steps(run, [log, EvalHook(log), LoraHook(), ImatrixHook(), CheckpointHook()])
     return run

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,8 @@ DP = ("dp_replicate", "dp_mod", "ep")
 FSDP = ("dp_mod", "ep", "cp")
 EXPERT_FSDP = ("dp_mod", "cp")
 TOKENS = (*DP, "cp")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,16 @@ class Meshes:
     def rank(self, *names: str) -> int:
         """Return where this rank is along dimensions."""
         return self.sub(*names).get_local_rank() if self.size(*names) > 1 else 0
+
+    def union(self, mine: dict[str, T]) -> dict[str, T]:
+        """Return what the pipeline ranks have by name, on all ranks; every rank calls this.
+
+        What ranks of a stage have must be the same: one of them speaks.
+        """
+        speaks = all(self.rank(n) == 0 for n in ("dp_replicate", "dp_mod", "ep", "cp", "tp"))
+        everyone: list[dict[str, T]] = [{}] * self.world.size()
+        dist.all_gather_object(everyone, mine if speaks else {})
+        return {name: value for one in everyone for name, value in one.items()}
 
     def replicating(self) -> set[str]:
         """Return the names of the mesh dimensions over which ZeRO 0 and 1 keep copies."""

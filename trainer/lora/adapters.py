@@ -65,19 +65,8 @@ def adapted(part: Decoder) -> Iterator[tuple[str, LoraLinear]]:
             yield name, module
 
 
-def merged_weight(layer: LoraLinear) -> Tensor:
-    """Return ``W + s * B A`` of a layer that is whole on this rank."""
-    return layer.weight + (layer.lora_B.weight @ layer.lora_A.weight) * layer.scale
-
-
 def save_adapter(folder: Path, config: RunConfig, state: TrainState) -> None:
-    """Write the adapter as PEFT does; every rank calls this, rank 0 writes.
-
-    Args:
-        folder: of the adapter; replaced.
-        config: of the run.
-        state: with adapters.
-    """
+    """Write the adapter into ``folder`` as PEFT does; every rank calls this, rank 0 writes."""
     from safetensors.torch import save_file
 
     mine: dict[str, Tensor] = {}
@@ -87,15 +76,11 @@ def save_adapter(folder: Path, config: RunConfig, state: TrainState) -> None:
                 weight = getattr(layer, kind).weight.detach()
                 whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
                 mine[f"{_PREFIX}{name}.{kind}.weight"] = whole.cpu().contiguous()
-    meshes = state.meshes
-    speaks = all(meshes.rank(n) == 0 for n in ("dp_replicate", "dp_mod", "ep", "cp", "tp"))
-    everyone: list[dict[str, Tensor]] = [{}] * meshes.world.size()
-    dist.all_gather_object(everyone, mine if speaks else {})
-    if meshes.world.get_rank() == 0:
+    tensors = state.meshes.union(mine)
+    if state.meshes.world.get_rank() == 0:
         part_folder = folder.with_name(f".{folder.name}.tmp")
         shutil.rmtree(part_folder, ignore_errors=True)
         part_folder.mkdir(parents=True)
-        tensors = {name: t for one in everyone for name, t in one.items()}
         save_file(dict(sorted(tensors.items())), part_folder / WEIGHTS, metadata={"format": "pt"})
         text = json.dumps(peft_config(config), indent=2)
         (part_folder / CONFIG).write_text(text + "\n", encoding="utf-8")

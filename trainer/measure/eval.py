@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from ...errors import ConfigError
 from ..data import TokenData
 from ..hooks import Hook, Run
 from ..mesh import DP
 from ..metrics import Evaluation, LogHook, StepMetrics
-from ..text.source import open_data, prepare
+from ..text.source import open_on_all
 from ..text.tokenizer import Tokenizer, load_tokenizer
 from .sample import greedy
 
@@ -44,7 +42,7 @@ class EvalHook(Hook):
                 raise ConfigError("eval.prompt needs parallel.pp = 1 and parallel.cp = 1")
             self._tokenizer = load_tokenizer(config.data.tokenizer)
         if wanted.tokens is not None:
-            self._data = open_other(run, wanted.tokens)
+            self._data = open_on_all(config, wanted.tokens)
 
     def step(self, run: Run, metrics: StepMetrics) -> None:
         """Evaluate when it is time."""
@@ -62,17 +60,6 @@ class EvalHook(Hook):
             )
         if self._log.writer is not None:
             self._log.writer.evaluated(evaluation)
-
-
-def open_other(run: Run, tokens: Path) -> TokenData:
-    """Open other data than the run's, prepared alike; every rank calls this."""
-    config = run.config
-    data = replace(config.data, tokens=tokens)
-    seq_len, folder = config.train.seq_len, config.save.folder
-    if run.first:
-        prepare(data, seq_len, folder)
-    dist.barrier()
-    return open_data(data, seq_len, 0, config.model.vocab_size, folder)
 
 
 def validation_loss(run: Run, data: TokenData) -> tuple[float, int]:

@@ -11,49 +11,38 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
-import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from ...convert.imatrix_write import Measured, gguf_names, write_imatrix
 from ..data import TokenData
+from ..engine import all_sum
 from ..hooks import Hook, Run
 from ..mesh import DP, TOKENS
 from ..metrics import StepMetrics
 from ..model import Layer
 from ..moe import Experts, Router, expert_names
-from .eval import open_other
+from ..text.source import open_on_all
 
 FILE = "imatrix.gguf"
 
 
 class Collector:
-    """Sums of squares and counts by the name of the weight; stacks of experts by theirs.
-
-    Attributes:
-        sums: float64 [matrices, columns] each.
-        counts: int64 [matrices] each.
-        rows: number of rows measured, over all ranks.
-    """
+    """Sums of squares and counts by the name of the weight; stacks of experts by theirs."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, Tensor] = {}
-        self.rows = 0
+        self.sums: dict[str, Tensor] = {}  # float64 [matrices, columns] each
+        self.counts: dict[str, Tensor] = {}  # int64 [matrices] each
+        self.rows = 0  # measured, over all ranks
 
     def measure(self, step: int, other: TokenData | None = None) -> None:
         """Measure on the batch of a step, or on that of other data; every rank calls this."""
         meshes, batch = self.run.state.meshes, self.run.config.train.batch
-        rank, ranks = meshes.rank(*DP), meshes.size(*DP)
-        if other is None:
-            rows = self.run.data.batch(step, batch, rank, ranks)
-        else:
-            rows = other.batch(step, batch, rank, ranks)
+        source = self.run.data if other is None else other
+        rows = source.batch(step, batch, meshes.rank(*DP), meshes.size(*DP))
         if not self.rows and meshes.size("pp") > 1:
             self.run.engine.evaluate(rows)  # the first time, stages also run to learn shapes
         with self._watching():
@@ -64,22 +53,16 @@ class Collector:
         """Return everything by GGUF name, on all ranks; every rank calls this."""
         meshes = self.run.state.meshes
         group = meshes.group(*TOKENS)
-        mine: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        mine = {}
         for name in sorted(self.sums):
-            sums, counts = self.sums[name].clone(), self.counts[name].clone()
-            if group is not None:
-                dist.all_reduce(sums, group=group)
-                dist.all_reduce(counts, group=group)
-            mine[name] = sums.cpu().numpy(), counts.cpu().numpy()
-        speaks = all(meshes.rank(n) == 0 for n in ("dp_replicate", "dp_mod", "ep", "cp", "tp"))
-        everyone: list[Any] = [{}] * meshes.world.size()
-        dist.all_gather_object(everyone, mine if speaks else {})
+            sums, counts = all_sum(self.sums[name], group), all_sum(self.counts[name], group)
+            mine[name] = Measured(sums.cpu().numpy(), counts.cpu().numpy())
         model = self.run.config.model
         names = gguf_names(model.to_hf())
         found = {}
-        for name, (sums, counts) in (item for one in everyone for item in one.items()):
+        for name, measured in meshes.union(mine).items():
             first = (expert_names(model, name) or [name])[0]
-            found[names[first][0]] = Measured(sums, counts)
+            found[names[first][0]] = measured
         return found
 
     @contextmanager
@@ -148,7 +131,7 @@ class ImatrixHook(Hook):
         wanted = run.config.imatrix
         self._collector = Collector(run) if wanted.every or wanted.at_end else None
         if wanted.at_end and wanted.tokens is not None:
-            self._other = open_other(run, wanted.tokens)
+            self._other = open_on_all(run.config, wanted.tokens)
 
     def step(self, run: Run, metrics: StepMetrics) -> None:
         """Measure the step's batch when it is time."""

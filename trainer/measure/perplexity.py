@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,7 +19,7 @@ from ..init import load_weights, open_weights
 from ..model import Decoder
 from ..settings import RunConfig
 from ..settings.model import ModelConfig
-from ..text.source import open_data, prepare
+from ..text.source import open_on_all
 
 
 def decoder_of(path: Path, config: ModelConfig) -> Decoder:
@@ -41,15 +40,10 @@ def perplexities(config: RunConfig, sources: Mapping[str, Path]) -> dict[str, fl
         config: of the run; ``eval.batches`` batches of ``train.batch`` rows are taken.
         sources: checkpoints by name.
     """
-    data = config.data
-    if config.eval.tokens is not None:
-        data = replace(data, tokens=config.eval.tokens)
-    train, folder = config.train, config.save.folder
-    prepare(data, train.seq_len, folder)
-    rows = open_data(data, train.seq_len, 0, config.model.vocab_size, folder)
+    rows = open_on_all(config, config.eval.tokens)
     count = max(1, config.eval.batches)
     return {
-        name: _perplexity(decoder_of(path, config.model), rows, train.batch, count)
+        name: _perplexity(decoder_of(path, config.model), rows, config.train.batch, count)
         for name, path in sources.items()
     }
 

@@ -7,14 +7,12 @@ in the run; nothing is allocated and no device is needed.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from ..build import build_state
-from ..init import local_region
+from ..init import local_part
 from ..mesh import EXPERT_FSDP, FSDP, TOKENS, build_meshes
 from ..moe import expert_names
 from ..optim import shards
@@ -88,7 +86,7 @@ def _rank_plan(config: RunConfig, state: TrainState) -> RankPlan:
     layers: dict[str, int] = {}
     for name, parameter in named.items():
         over = EXPERT_FSDP if expert_names(config.model, name) else FSDP
-        size = _elements(parameter) * (state.meshes.size(*over) if zero > 1 else 1)
+        size = local_part(parameter).numel() * (state.meshes.size(*over) if zero > 1 else 1)
         unit = ".".join(name.split(".")[:3]) if name.startswith("model.layers.") else ""
         layers[unit] = layers.get(unit, 0) + size * (half or parameter.itemsize)
     gathered = 0
@@ -98,16 +96,12 @@ def _rank_plan(config: RunConfig, state: TrainState) -> RankPlan:
         gathered = layers.get("", 0) + inner
     return RankPlan(
         tuple(tuple(int(n) for n in part.model.layers) for part in state.parts),
-        sum(_elements(p) for p in named.values()),
-        sum(_elements(p) * p.itemsize for p in named.values()),
-        sum(_elements(p) * p.itemsize for p in trained.values()),
-        sum(_elements(p) * p.itemsize * _moments(config, p.shape) for p in slots.values()),
+        sum(local_part(p).numel() for p in named.values()),
+        sum(local_part(p).numel() * p.itemsize for p in named.values()),
+        sum(local_part(p).numel() * p.itemsize for p in trained.values()),
+        sum(local_part(p).numel() * p.itemsize * _moments(config, p.shape) for p in slots.values()),
         gathered,
     )
-
-
-def _elements(parameter: Tensor) -> int:
-    return prod(part.stop - part.start for part in local_region(parameter))
 
 
 def _moments(config: RunConfig, shape: torch.Size) -> int:

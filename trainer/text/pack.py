@@ -1,9 +1,8 @@
 """Packing documents into samples of one length without cutting any that fits: first-fit decreasing.
 
 A document of n tokens makes n - 1 predictions; one with more than a sample holds is cut into
-pieces. The longest pieces are placed first, each into the first sample with room; room is looked up
-in a segment tree over amounts of room, so a million documents take seconds. The result is a table
-[pieces, 3]: sample, first token, number of predictions.
+pieces. The longest pieces are placed first, each into the first sample with room. The result is a
+table [pieces, 3]: sample, first token, number of predictions.
 """
 
 from __future__ import annotations
@@ -11,6 +10,8 @@ from __future__ import annotations
 from heapq import heappop, heappush
 
 import numpy as np
+
+_NONE = 1 << 62
 
 
 def pack(starts: np.ndarray, total: int, seq_len: int) -> np.ndarray:
@@ -26,10 +27,20 @@ def pack(starts: np.ndarray, total: int, seq_len: int) -> np.ndarray:
     """
     pieces = cut(starts, total, seq_len)
     order = np.argsort(-pieces[:, 1], kind="stable")
-    rooms = _Rooms(seq_len)
     placed = np.empty(len(pieces), np.int64)
+    waiting: list[list[int]] = [[] for _ in range(seq_len + 1)]  # heaps of samples, by their room
+    first = np.full(seq_len + 1, _NONE)  # the first of each
+    samples = 0
     for index, size in zip(order.tolist(), pieces[order, 1].tolist(), strict=True):
-        placed[index] = rooms.take(size)
+        room = size + int(first[size:].argmin())
+        if first[room] == _NONE:
+            room, sample, samples = seq_len, samples, samples + 1
+        else:
+            sample = heappop(waiting[room])
+            first[room] = waiting[room][0] if waiting[room] else _NONE
+        heappush(waiting[room - size], sample)
+        first[room - size] = waiting[room - size][0]
+        placed[index] = sample
     by_sample = order[np.argsort(placed[order], kind="stable")]
     return np.column_stack((placed[by_sample], pieces[by_sample]))
 
@@ -43,55 +54,3 @@ def cut(starts: np.ndarray, total: int, seq_len: int) -> np.ndarray:
     nth = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
     first = starts[owner] + nth * seq_len
     return np.column_stack((first, np.minimum(seq_len, sizes[owner] - nth * seq_len)))
-
-
-class _Rooms:
-    """Samples by the room they have left, and the first one with enough of it."""
-
-    def __init__(self, seq_len: int) -> None:
-        self.seq_len = seq_len
-        self.width = 1 << seq_len.bit_length()  # leaves 0 .. seq_len
-        self.none = 1 << 62
-        self.tree = [self.none] * (2 * self.width)
-        self.waiting: list[list[int]] = [[] for _ in range(seq_len + 1)]
-        self.samples = 0
-
-    def take(self, size: int) -> int:
-        """Return the sample that gets a piece of ``size``."""
-        sample, room = self._first(size)
-        if sample == self.none:
-            sample, room = self.samples, self.seq_len
-            self.samples += 1
-        else:
-            self._change(room, None)
-        self._change(room - size, sample)
-        return sample
-
-    def _first(self, size: int) -> tuple[int, int]:
-        """Return the lowest sample with at least ``size`` left, and how much it has."""
-        best, at = self.none, 0
-        low, high = size + self.width, 2 * self.width
-        while low < high:
-            if low & 1:
-                best, at = min((best, at), (self.tree[low], low))
-                low += 1
-            if high & 1:
-                high -= 1
-                best, at = min((best, at), (self.tree[high], high))
-            low, high = low >> 1, high >> 1
-        while at and at < self.width:
-            at = 2 * at if self.tree[2 * at] == best else 2 * at + 1
-        return best, at - self.width
-
-    def _change(self, room: int, sample: int | None) -> None:
-        """Add a sample with this room, or (None) remove the lowest one."""
-        heap = self.waiting[room]
-        if sample is None:
-            heappop(heap)
-        else:
-            heappush(heap, sample)
-        at = room + self.width
-        self.tree[at] = heap[0] if heap else self.none
-        while at > 1:
-            at >>= 1
-            self.tree[at] = min(self.tree[2 * at], self.tree[2 * at + 1])

@@ -9,9 +9,11 @@ from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
+import torch.distributed as dist
 
 from ...errors import ConfigError
 from ..data import TokenData
+from ..settings import RunConfig
 from ..settings.sections import DataConfig
 from .pack import pack
 from .token_file import open_token_file
@@ -19,6 +21,23 @@ from .tokenize import tokenize
 from .tokenizer import digest
 
 _TOKEN_FILES = (".npy", ".bin")
+
+
+def open_on_all(config: RunConfig, tokens: Path | None = None) -> TokenData:
+    """Open a run's training data, or others prepared alike; every rank calls this.
+
+    Raises:
+        ConfigError: as ``open_tokens``, or the tokens are of another tokenizer.
+        FormatError: damaged files.
+    """
+    data = config.data if tokens is None else replace(config.data, tokens=tokens)
+    seq_len, folder = config.train.seq_len, config.save.folder
+    together = dist.is_initialized()
+    if not together or dist.get_rank() == 0:
+        prepare(data, seq_len, folder)
+    if together:
+        dist.barrier()
+    return open_data(data, seq_len, config.train.seed, config.model.vocab_size, folder)
 
 
 def open_tokens(
@@ -90,12 +109,7 @@ def prepare(data: DataConfig, seq_len: int, folder: Path) -> None:
 def open_data(
     data: DataConfig, seq_len: int, seed: int, vocab_size: int, folder: Path
 ) -> TokenData:
-    """Open what ``prepare`` has made ready; on every rank.
-
-    Raises:
-        ConfigError: as ``open_tokens``, or the tokens are of another tokenizer.
-        FormatError: damaged files.
-    """
+    """Open what ``prepare`` has made ready."""
     path = token_path(data, folder)
     made = open_token_file(path).about.get("tokenizer_sha256")
     if made and digest(data.tokenizer) not in ("", made):

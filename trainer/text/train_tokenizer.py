@@ -18,7 +18,6 @@ import sentencepiece
 from ...errors import ConfigError
 from .tokenizer import CONFIG, FAST, MODEL
 
-KINDS = ("sentencepiece", "bpe")
 _END = "<|endoftext|>"
 _LEAST = {"sentencepiece": 259, "bpe": 257}
 

@@ -20,7 +20,6 @@ from mconv.trainer.lora.adapters import (  # noqa: E402
     adapted,
     add_adapters,
     load_adapter,
-    merged_weight,
     save_adapter,
 )
 from mconv.trainer.mesh import build_meshes, process_group  # noqa: E402
@@ -141,7 +140,12 @@ def written(rank: int, world_size: int, store: Path, config: RunConfig, folder: 
         (folder / "base" / "config.json").write_text(json.dumps(config.model.to_hf()))
         with torch.no_grad():
             logits = model(torch.arange(20)[None] + 7)
-        merged = {f"{n}.weight": merged_weight(m).detach().numpy() for n, m in adapted(model)}
+        merged = {
+            f"{n}.weight": (m.weight + (m.lora_B.weight @ m.lora_A.weight) * m.scale)
+            .detach()
+            .numpy()
+            for n, m in adapted(model)
+        }
         return logits.numpy(), merged
 
 
