@@ -16,6 +16,8 @@ from ._world import Settings, Variant, World, rope_theta
 from .table import Rule, rule
 
 _L, _H = "layers.{i}", "model.layers.{i}"
+#: What newer models of Mistral say and config.json says in ways of its own.
+_UNTRANSLATED = ("yarn", "llama_4_scaling", "vision_encoder", "audio_encoder", "qk_rope_head_dim")
 #: Models of Llama 3.2 with (dim, n_layers): their rotary scaling is 32, which params.json omits.
 _LLAMA_3_2 = ((2048, 16), (3072, 28))
 _LLAMA_3_SCALING = {
@@ -106,6 +108,13 @@ def settings(ckpt: Checkpoint) -> Settings:
     for key in ("n_kv_heads", "head_dim", "norm_eps", "rope_theta"):
         if not isinstance(params.get(key), int | float | None):
             raise ConfigError(f"{ckpt.path}: {key} is {params[key]!r}, a number is needed")
+    if ckpt.config is None or "model_type" not in ckpt.config:
+        other = [k for k in _UNTRANSLATED if params.get(k) is not None]
+        if other:
+            raise ConfigError(
+                f"{ckpt.path}: params.json has {', '.join(other)}, which are not translated; give "
+                "the Hugging Face config.json of the model with --config"
+            )
     moe = params.get("moe")
     width = next((t.shape[0] for n, t in ckpt.weights.items() if n.endswith("w1.weight")), None)
     if width is None or heads < 1:
