@@ -7,16 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .. import __version__
 from ..shardio import Checkpoint, Layout, dtypes, open_checkpoint
 from ..shardio.assets import find_assets, load_config, load_json
-from ..shardio.safetensors_plan import plan_json
 from ..shardio.staging import fingerprint, write_folder
 from ..shardio.stream import Limits, OutFile, Progress
-from ..shardio.writers import Planned, Writer, writer_for
+from ..shardio.writers import Writer, writer_for
 from .model_order import in_model_order
 from .naming import from_hf
 from .prepare import prepare
+from .provenance import options_of, provenance
 
 GGUF = "gguf"  # a target, though not a training layout
 
@@ -148,9 +147,13 @@ def _plan(
     planned = writer.plan(ready, layout)
     groups = (ckpt.weights, *(ckpt.optimizer.values() if with_optimizer else ()))
     sources = {path for group in groups for t in group.values() for path, _, _ in t.spans()}
-    asked = json.dumps([weights, layout.dtype, layout.describe()])
+    asked = json.dumps([weights, layout.format, options_of(layout)])
     digest = "0" * 64 if dry_run else fingerprint(planned.files, sources, asked)
-    files = [*planned.files, _provenance(ckpt, layout, weights, planned, digest)]
+    told = provenance(
+        ckpt, layout, planned, weights=weights, digest=digest, sources=sources,
+        notes=ready.warnings,
+    )  # fmt: skip
+    files = [*planned.files, told]
     return _Work(ready, files, sources, digest, (*ready.warnings, *planned.warnings))
 
 
@@ -175,27 +178,3 @@ def opened(
     assets = find_assets([path]) if path.is_dir() else (path,)
     found = load_json(path) if path.is_file() else load_config(assets)
     return replace(src, config=found or src.config, assets=(*assets, *src.assets))
-
-
-def _provenance(
-    ckpt: Checkpoint, layout: Layout, weights: str, planned: Planned, digest: str
-) -> OutFile:
-    """What ``mconv.json`` says: where the output comes from, what it is, what it lacks.
-
-    ``plan`` is a SHA-256 of the place of every byte and of path, size and time of every source.
-    """
-    content = {
-        "mconv": __version__,
-        "source": {
-            "path": str(ckpt.path),
-            "format": ckpt.format,
-            "layout": ckpt.layout.describe(),
-            "step": ckpt.step,
-        },
-        "layout": layout.describe(),
-        "weights": weights,
-        "not_carried": list(planned.warnings),
-        "plan": digest,
-        "files": {f.name: f.size for f in planned.files},
-    }
-    return plan_json("mconv.json", content)

@@ -2,8 +2,7 @@
 
 The plan is made once, before the fork, so that the children share its memory; they send nothing
 back but the bytes they have finished, their peak memory and how they ended. Used where threads are
-held up by Python
-itself: encoding many small pieces, casts, permutations.
+held up by Python itself: encoding many small pieces, casts, permutations.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from mconv.commands.roundtrip import command
 from mconv.convert import roundtrip as module
 from mconv.errors import ConfigError, LayoutError
 from mconv.shardio.training_state import optimizer_step, training_state
+from mconv.shardio.writers import writers
+
+from ..shardio.writers.families import family
 
 VIA = ["deepspeed:zero=1,dp=3", "torch", "deepspeed:zero=3,dp=4", "hf", "deepspeed-universal",
        "dcp:dp=3,tp=2", "hf-dcp:dp=2"]  # fmt: skip
@@ -132,3 +136,39 @@ def test_a_cast_keeps_the_full_weights_as_masters(fixtures_dir: Path, tmp_path: 
     assert str(after.weights[name].dtype) == "bfloat16"
     master = after.optimizer["master"][name].read()
     assert master.tobytes() == before.weights[name].read().tobytes()
+
+
+@pytest.mark.parametrize("target", sorted(writers()))
+def test_every_target_tells_where_it_comes_from(tmp_path: Path, target: str) -> None:
+    """Source, layout, hashes, and what was not carried: in the file and in the report."""
+    meta = target == "meta"
+    source = tmp_path / "source"
+    reshard(family("llama"), source, Layout("hf"), with_optimizer=not meta)
+    layout = Layout(target, zero_stage=1 if target.startswith("deepspeed-p") else 0)
+    report = reshard(source, tmp_path / "out", layout)
+    note = json.loads((tmp_path / "out" / "mconv.json").read_text())
+    assert note["source"]["path"] == str(source)
+    assert note["source"]["format"] == "hf"
+    stamps = note["source"]["files"]
+    assert stamps
+    assert all(s["bytes"] == (source / n).stat().st_size for n, s in stamps.items())
+    assert note["layout"] == layout.describe()
+    assert set(note["files"]) == set(report.files) - {"mconv.json"}
+    assert [*note["notes"], *note["not_carried"]] == list(report.warnings)
+    for name in (n for n in note["files"] if n.endswith((".json", "latest"))):
+        data = (tmp_path / "out" / name).read_bytes()
+        assert note["sha256"][name] == hashlib.sha256(data).hexdigest(), name
+    assert len(note["plan"]) == 64
+    assert set(note["plan"]) != {"0"}
+
+
+def test_other_stages_are_another_plan(fixtures_dir: Path, tmp_path: Path) -> None:
+    """So that an interrupted run is not continued with them."""
+    found = set()
+    for text in ("2+4", "4+2"):
+        layout = Layout.parse(f"deepspeed:pp=2,zero=1,pp_layers={text}")
+        reshard(path_of(fixtures_dir, "deepspeed/pp2_dp2_z1_bf16"), tmp_path / text, layout)
+        note = json.loads((tmp_path / text / "mconv.json").read_text())
+        assert note["options"]["pp_layers"] == [int(n) for n in text.split("+")]
+        found.add(note["plan"])
+    assert len(found) == 2
