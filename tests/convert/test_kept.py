@@ -107,3 +107,40 @@ def test_what_no_type_holds_is_decoded(tmp_path: Path, plain: Path, kind: str, w
     assert len(report.kept.decoded) == 14
     assert all(why in reason for _, reason in report.kept.decoded)
     assert any("decoded" in line and why in line for line in report.warnings)
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory, data_dir: Path) -> Path:
+    import transformers
+
+    folder = tmp_path_factory.mktemp("experts") / "m"
+    size = tiny.save_bpe(data_dir / "vocab" / "ggml-vocab-qwen2.gguf", folder, KEEP)
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=size, **tiny_quantized.SIZES, head_dim=64, moe_intermediate_size=128,
+        num_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    torch.manual_seed(7)
+    transformers.Qwen3MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["gptq4", "awq", "nvfp4-compressed", "mxfp4"])
+def test_stacked_experts(tmp_path: Path, experts: Path, kind: str) -> None:
+    kept, exact, report = _made(experts, tmp_path, kind)
+    assert report.kept is not None
+    assert report.kept.types == {tiny_quantized.KINDS[kind].types[0]: 14}
+    _same(kept, exact, kind)
+
+
+@pytest.mark.parametrize("kind", ["nvfp4-modelopt", "gptq4"])
+def test_only_its_own_formats_stay_unasked(tmp_path: Path, plain: Path, kind: str) -> None:
+    tiny_quantized.quantize_folder(plain, tmp_path / "q", tiny_quantized.KINDS[kind])
+    report = to_gguf(tmp_path / "q", tmp_path / "m.gguf", "bf16,keep", dry_run=True)
+    assert report.kept is not None
+    kept = {"NVFP4": 14} if kind.startswith("nvfp4") else {}
+    assert report.kept.types == kept
+    assert len(report.kept.decoded) == 14 - sum(kept.values())
+    [other] = report.more
+    assert other.kept is not None
+    assert sum(other.kept.types.values()) == 14
+    assert any("keep their bits" in line for line in other.warnings)
