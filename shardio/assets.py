@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from .source import read_small
 
 CONFIG = "config.json"
 _NAMES = (
@@ -60,7 +61,7 @@ def load_json(path: Path) -> Any:
     try:
         if path.stat().st_size > _MAX_JSON:
             raise ConfigError(f"{path}: {path.stat().st_size} bytes is too large for a JSON config")
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_small(path).decode("utf-8"))
     except OSError as e:
         raise ConfigError(f"{path}: cannot be read ({e.strerror})") from e
     except (ValueError, RecursionError) as e:
@@ -90,7 +91,7 @@ def load_yaml(path: Path, section: str = "") -> Any:
     try:
         if path.stat().st_size > _MAX_JSON:
             raise ConfigError(f"{path}: {path.stat().st_size} bytes is too large for settings")
-        text = path.read_text(encoding="utf-8")
+        text = read_small(path).decode("utf-8")
         if section:
             match = re.search(rf"^{section}:[^\n]*\n(?:[ \t#][^\n]*\n|\n)*", text + "\n", re.M)
             text = match[0] if match else ""

@@ -22,7 +22,7 @@ from ..errors import FormatError, UnsupportedError
 from .box import Index
 from .dcp_metadata import Item
 from .records import StoredTensor
-from .source import FileSource
+from .source import FileSource, open_file
 from .spill import SPILLS, Spill
 from .stored import lazy
 from .tensor import LazyTensor
@@ -144,7 +144,7 @@ def unpacked(path: Path, item: Item, limit: int) -> tempfile._TemporaryFileWrapp
 
     out = tempfile.NamedTemporaryFile(prefix="mconv-")  # noqa: SIM115  # the caller closes it
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             window = _Window(file, item)
             inflate = zstandard.ZstdDecompressor().stream_reader
             reader = inflate(window, read_across_frames=True)  # type: ignore[arg-type]  # reads only

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ..errors import FormatError, UnsupportedError
-from .source import FileSource
+from .source import FileSource, open_file
 from .spill import SPILLS, Spill
 
 _BLOCK = 1 << 20
@@ -43,7 +43,11 @@ class PackedFile:
         return None
 
     def _unpack(self) -> Spill:
-        with tempfile.TemporaryFile(prefix="mconv-") as out, self.path.open("rb") as file:
+        try:
+            packed = open_file(self.path)
+        except OSError as e:
+            raise FormatError(f"{self.path}: cannot be opened ({e.strerror})") from e
+        with tempfile.TemporaryFile(prefix="mconv-") as out, packed as file:
             total = 0
             for block in _blocks(self.path, file, self.codec):
                 total += len(block)

@@ -66,6 +66,12 @@ def open_file(path: Path) -> BinaryIO:
     return os.fdopen(open_descriptor(path), "rb")
 
 
+def read_small(path: Path) -> bytes:
+    """Return what a small plain file holds. Raises OSError as ``open_descriptor``."""
+    with open_file(path) as file:
+        return file.read()
+
+
 class _Handle:
     """An open descriptor; closed when the pool and the last reader let go of it."""
 

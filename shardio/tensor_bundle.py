@@ -22,7 +22,7 @@ from .checksums import Checksum
 from .chunked import Chunked
 from .crc32c import crc32c, masked
 from .protobuf import Fields, fields, first, signed, varint
-from .source import FileSource
+from .source import FileSource, open_file, read_small
 
 MAGIC = 0xDB4775248B80FB57
 _FOOTER = 48
@@ -155,7 +155,7 @@ class Bundle:
 def is_index(path: Path) -> bool:
     """Whether a file ends with the magic number of a table."""
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             file.seek(0, 2)
             size = file.tell()
             if size < _FOOTER:
@@ -174,7 +174,7 @@ def open_bundle(prefix: Path) -> Bundle:
         UnsupportedError: compressed blocks, big-endian data.
     """
     index = prefix.with_name(prefix.name + ".index")
-    raw = index.read_bytes() if index.stat().st_size <= _MAX_INDEX else b""
+    raw = read_small(index) if index.stat().st_size <= _MAX_INDEX else b""
     try:
         table = dict(_table(raw))
         header = fields(table.pop(b""))

@@ -16,6 +16,7 @@ from ...shardio.checkpoint import Checkpoint
 from ...shardio.coverage import prove
 from ...shardio.layout import Layout
 from ...shardio.registry import Format, OpenOptions
+from ...shardio.source import open_file
 from ...shardio.state_checkpoint import model_files
 from ..gguf import open_gguf
 from ..gguf.tensors import GgufTensors
@@ -35,7 +36,7 @@ def detect(path: Path) -> Path | None:
 
 def _is_gguf(path: Path) -> bool:
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             return file.read(4) == _MAGIC
     except OSError:
         return False

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import FormatError
+from ..source import open_file
 from ..torchfile import TorchFile, open_torch_file
 
 Rank = tuple[int, int]  # (dp, mp)
@@ -87,7 +88,7 @@ def is_tag_folder(path: Path) -> bool:
 def latest(save_folder: Path, file_name: str = "latest") -> str | None:
     """Return the tag that a save folder's ``latest`` file names, or None. Never raises."""
     try:
-        with (save_folder / file_name).open("rb") as file:
+        with open_file(save_folder / file_name) as file:
             tag = file.read(_MAX_TAG + 1).decode("utf-8", "replace").strip()
     except OSError:
         return None

@@ -25,7 +25,7 @@ from ..names import stripped
 from ..records import StoredTensor, exotic_kind
 from ..registry import Format, OpenOptions
 from ..safetensors_header import Entry, read_header
-from ..source import FileSource
+from ..source import FileSource, read_small
 from ..state_checkpoint import as_lazy, model_files, shared_storages, tie_by_config
 from ..state_tree import Leaf, examine
 from ..tensor import LazyTensor
@@ -288,7 +288,7 @@ def _version(config: Mapping[str, object] | None) -> str | None:
 def trainer_step(folder: Path) -> int | None:
     """The step that the Hugging Face Trainer noted beside the model."""
     try:
-        state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        state = json.loads(read_small(folder / "trainer_state.json"))
         step = state["global_step"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None

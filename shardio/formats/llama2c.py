@@ -24,7 +24,7 @@ from ..coverage import prove
 from ..dequant.scaled import scaled
 from ..layout import Layout
 from ..registry import Format, OpenOptions
-from ..source import FileSource
+from ..source import FileSource, open_file
 from ..state_checkpoint import model_files
 from ..tensor import LazyTensor
 
@@ -130,7 +130,7 @@ def _header(path: Path) -> _Header | None:
     its size must be what the numbers demand.
     """
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             raw = file.read(_HEADER)
             size = path.stat().st_size
     except OSError:

@@ -27,7 +27,7 @@ from ..flat_buffer import Run, from_runs
 from ..layout import Layout
 from ..protobuf import signed, varint
 from ..registry import Format, OpenOptions
-from ..source import FileSource
+from ..source import FileSource, open_file
 from ..state_checkpoint import model_files
 from ..tensor import LazyTensor
 
@@ -74,7 +74,7 @@ def _is_mindspore(path: Path) -> bool:
     if path.suffix != ".ckpt":
         return False
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             value = _value(file, *_head(file, 0, path.stat().st_size))
     except (OSError, ValueError):
         return False

@@ -25,7 +25,7 @@ from ..nanotron_optimizer import read_optimizer
 from ..nanotron_place import Piece, assemble, parse_pairs, parse_shape, whole
 from ..registry import Format, OpenOptions
 from ..safetensors_header import read_header
-from ..source import FileSource
+from ..source import FileSource, read_small
 from ..state_checkpoint import model_files
 
 _META, _MODEL_CONFIG, _LATEST = "checkpoint_metadata.json", "model_config.json", "latest.txt"
@@ -46,7 +46,7 @@ def detect(path: Path) -> Path | None:
     if _is_step(path):
         return path
     try:
-        name = (path / _LATEST).read_text(encoding="utf-8")[:64].strip()
+        name = read_small(path / _LATEST).decode("utf-8")[:64].strip()
     except (OSError, ValueError):
         return None
     return path / name if name.isdigit() and _is_step(path / name) else None

@@ -24,6 +24,7 @@ from ..layout import Layout
 from ..paddle_files import PaddleFile, optimizer_states, read_paddle, true_dtype
 from ..placement import Fused, Placement, Shard
 from ..registry import Format, OpenOptions
+from ..source import read_small
 from ..state_checkpoint import model_files
 from ..tensor import LazyTensor
 from . import hf
@@ -71,7 +72,7 @@ def detect(path: Path) -> Path | None:
 def _is_unified(folder: Path) -> bool:
     config = folder / "config.json"
     try:
-        return b'"paddlenlp_version"' in config.read_bytes() and hf.detect(folder) is not None
+        return b'"paddlenlp_version"' in read_small(config) and hf.detect(folder) is not None
     except OSError:
         return False
 

@@ -18,6 +18,7 @@ from ..checkpoint import Checkpoint
 from ..coverage import prove
 from ..layout import Layout
 from ..registry import Format, OpenOptions
+from ..source import read_small
 from ..state_checkpoint import model_files
 from ..tensor import LazyTensor
 from ..tensor_bundle import STRING, Bundle, is_index, open_bundle
@@ -55,7 +56,7 @@ def detect(path: Path) -> Path | None:
 
 def _newest(folder: Path) -> Path | None:
     try:
-        found = _LATEST.search((folder / "checkpoint").read_text(encoding="utf-8")[:65536])
+        found = _LATEST.search(read_small(folder / "checkpoint").decode("utf-8")[:65536])
     except (OSError, ValueError):
         found = None
     if found:

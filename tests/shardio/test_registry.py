@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
-from mconv.errors import FormatError
+from mconv.errors import FormatError, MconvError
 from mconv.shardio import open_checkpoint
 from safetensors.numpy import save_file
 
@@ -45,3 +47,21 @@ def test_one_of_several_is_not_guessed(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=r"2 checkpoints .*: actor, critic; name one of them"):
         open_checkpoint(tmp_path)
     assert value(tmp_path / "critic") == 2
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "x.bin", "x.ckpt", "x.index", "x.gguf", "x.pt", "x.pdparams", "checkpoint", "latest",
+        "latest_universal", "latest.txt", "latest_checkpointed_iteration.txt", ".metadata",
+        "model.safetensors", "model.safetensors.index.json", "trainer_state.json", "config.json",
+        "params.json", "optimizer.pt", "model_config.json", "_METADATA", "adapter_config.json",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("beside", [False, True])
+def test_nobody_waits_for_a_pipe(tmp_path: Path, name: str, beside: bool) -> None:
+    folder = model(tmp_path / "run") if beside and name != "model.safetensors" else tmp_path / "run"
+    folder.mkdir(exist_ok=True)
+    os.mkfifo(folder / name)
+    with contextlib.suppress(MconvError):
+        assert open_checkpoint(folder).weights
