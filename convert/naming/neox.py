@@ -2,8 +2,9 @@
 
 Layers are numbered from the embedding (0): blocks begin at 2, the final norm is 3 behind them, the
 head 4. Hugging Face's GPT-NeoX keeps q, k and v fused as they are. With grouped queries they lie
-[q | k | v], as gpt-neox has it since November 2024. Source: gpt-neox ``megatron/model/``,
-``tools/ckpts/convert_neox_to_hf.py``.
+[q | k | v], as gpt-neox has it since November 2024. Transformer Engine's modules have names of
+their own (``te_mha``: ``attention.qkv``, by groups; ``te_layernorm_mlp``: ``mlp.fc1_weight``).
+Source: gpt-neox ``megatron/model/``, ``tools/ckpts/convert_neox_to_hf.py``.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from .table import Rule, rule
 
 _FIRST = 2
 _TIED = "tied_modules.embed.word_embeddings.weight"
-_MARK = ".attention.query_key_value.weight"
+_MARKS = (".attention.query_key_value.weight", ".attention.qkv.weight")
 _ACTIVATIONS = {"swish": "silu"}
 
 
 def _layers(ckpt: Checkpoint) -> int:
     """The number of blocks: one more than the largest number (of either naming)."""
-    ends = (_MARK, ".self_attn.q_proj.weight")
+    ends = (*_MARKS, ".self_attn.q_proj.weight")
     found = [n.split(".") for n in ckpt.weights if n.endswith(ends)]
     numbers = [int(w) for words in found for w in words if w.isdigit()]
     foreign = any(n.startswith(("0.", "1.", "2.", "sequential.")) for n in ckpt.weights)
@@ -60,6 +61,11 @@ class _Lines:
         """Whether the checkpoint has a tensor of this place."""
         return self.at + name in self.weights
 
+    def norms(self) -> tuple[str, ...]:
+        """The norms of a block that are modules of their own."""
+        first, second = "input_layernorm", "post_attention_layernorm"
+        return (first,) if self.has(f"{_FIRST}.mlp.fc1_weight") else (first, second)
+
     def each(
         self, left: str, right: str | tuple[str, ...], how: str = "same", need: str = ""
     ) -> None:
@@ -69,6 +75,16 @@ class _Lines:
             name = f"{self.at}{i + _FIRST}.{left}"
             wanted = f"{need} of layer {i}" if need else ""
             self.rules.append(Rule((name,), tuple(s.format(i=i) for s in sides), how, wanted))
+
+    def engine(self, at: str, norm: str, up: tuple[str, ...], down: str) -> None:
+        """Transformer Engine's LayerNormMLP and the output of its attention."""
+        pairs = [("mlp.layer_norm", (norm,)), ("mlp.fc1", up), ("mlp.fc2", (down,))]
+        for left, right in pairs:
+            how = "split_gate_up" if len(right) > 1 else "same"
+            for kind in ("weight", "bias"):
+                sides = tuple(f"{at}.{r}.{kind}" for r in right)
+                need = right[0].rpartition(".")[2] if kind == "weight" else ""
+                self.each(f"{left}_{kind}", sides, how, need)
 
     def linear(self, left: str, right: str, *, zeros: bool = False) -> None:
         """A weight and its bias; ``zeros`` where Hugging Face cannot do without one."""
@@ -83,10 +99,15 @@ class _Lines:
 def _gpt_neox(ckpt: Checkpoint) -> Variant:
     lines, at = _Lines(ckpt), "gpt_neox.layers.{i}"
     lines.outer("gpt_neox.embed_in.weight", "gpt_neox.final_layer_norm", "embed_out.weight")
-    for norm in ("input_layernorm", "post_attention_layernorm"):
+    for norm in lines.norms():
         lines.linear(norm, f"{at}.{norm}", zeros=True)
-    lines.linear("attention.query_key_value", f"{at}.attention.query_key_value")
-    lines.linear("attention.dense", f"{at}.attention.dense")
+    engine = lines.has(f"{_FIRST}.attention.qkv.weight")
+    for left, right in (("qkv", "query_key_value"), ("proj", "dense")):
+        lines.linear(f"attention.{left if engine else right}", f"{at}.attention.{right}")
+    if lines.has(f"{_FIRST}.mlp.fc1_weight"):
+        up = ("mlp.dense_h_to_4h",)
+        lines.engine(at, "post_attention_layernorm", up, "mlp.dense_4h_to_h")
+        return Variant("GPTNeoXForCausalLM", tuple(lines.rules))
     new = lines.has(f"{_FIRST}.mlp.linear1.weight")
     for left, right in (("linear1", "dense_h_to_4h"), ("linear2", "dense_4h_to_h")):
         lines.linear(f"mlp.{left if new else right}", f"{at}.mlp.{right}", zeros=True)
@@ -96,7 +117,7 @@ def _gpt_neox(ckpt: Checkpoint) -> Variant:
 def _llama(ckpt: Checkpoint, architecture: str) -> Variant:
     lines, at = _Lines(ckpt), "model.layers.{i}"
     lines.outer("model.embed_tokens.weight", "model.norm", "lm_head.weight")
-    for norm in ("input_layernorm", "post_attention_layernorm"):
+    for norm in lines.norms():
         for kind in ("weight", "scale"):
             lines.each(f"{norm}.{kind}", f"{at}.{norm}.weight", "same", norm)
     how = "split_qkv_blocks" if _grouped(ckpt) else "split_qkv"
@@ -104,8 +125,18 @@ def _llama(ckpt: Checkpoint, architecture: str) -> Variant:
         parts = tuple(f"{at}.self_attn.{x}_proj.{kind}" for x in "qkv")
         lines.each(f"attention.query_key_value.{kind}", parts, how,
                    "q, k and v" if kind == "weight" else "")  # fmt: skip
-    lines.linear("attention.dense", f"{at}.self_attn.o_proj")
-    if lines.has(f"{_FIRST}.mlp.linear1.weight"):
+    if lines.has(f"{_FIRST}.attention.qkv.weight"):
+        for kind in ("weight", "bias"):
+            parts = tuple(f"{at}.self_attn.{x}_proj.{kind}" for x in "qkv")
+            lines.each(f"attention.qkv.{kind}", parts, "split_qkv",
+                       "q, k and v" if kind == "weight" else "")  # fmt: skip
+        lines.linear("attention.proj", f"{at}.self_attn.o_proj")
+    else:
+        lines.linear("attention.dense", f"{at}.self_attn.o_proj")
+    if lines.has(f"{_FIRST}.mlp.fc1_weight"):
+        lines.engine(at, "post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj"),
+                     "mlp.down_proj")  # fmt: skip
+    elif lines.has(f"{_FIRST}.mlp.linear1.weight"):
         both = (f"{at}.mlp.up_proj.weight", f"{at}.mlp.gate_proj.weight")
         lines.each("mlp.linear1.weight", both, "split_gate_up", "gate and up")
         lines.linear("mlp.linear2", f"{at}.mlp.down_proj")
@@ -160,7 +191,9 @@ def _settings(ckpt: Checkpoint) -> Settings:
         "rotary_pct": args.get("rotary_pct", 1.0),
         "rotary_emb_base": args.get("rotary_emb_base", 10000),
         "use_parallel_residual": bool(args["gpt_j_residual"]),
-        "attention_bias": any(n.endswith("attention.dense.bias") for n in ckpt.weights),
+        "attention_bias": any(
+            n.endswith(("attention.dense.bias", "attention.proj.bias")) for n in ckpt.weights
+        ),
         "layer_norm_eps": args.get("layernorm_epsilon", 1e-5),
     }
 
@@ -214,7 +247,7 @@ def _activation(args: Settings) -> str:
 
 
 def _width(ckpt: Checkpoint) -> int | None:
-    ends = ("mlp.dense_4h_to_h.weight", "mlp.linear2.weight", "mlp.w2.weight")
+    ends = ("mlp.dense_4h_to_h.weight", "mlp.linear2.weight", "mlp.w2.weight", "mlp.fc2_weight")
     return next((t.shape[1] for n, t in ckpt.weights.items() if n.endswith(ends)), None)
 
 
@@ -235,7 +268,8 @@ def _notes(ckpt: Checkpoint) -> tuple[str, ...]:
 
 
 def _buffers(ckpt: Checkpoint) -> tuple[str, ...]:
-    ends = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
+    ends = (".rotary_emb.inv_freq", ".rotary_embeddings.inv_freq", ".attention.bias",
+            ".attention.masked_bias", "._extra_state")  # fmt: skip
     return tuple(n for n in ckpt.weights if n.endswith(ends))
 
 

@@ -22,10 +22,12 @@ from .fused import Average, Sum
 
 NAMING = "neox"
 GATED = ("geglu", "reglu", "bilinear", "swiglu", "glu")
-_MARK = re.compile(r"^(?:sequential\.)?\d+\.attention\.query_key_value\.weight$")
+_MARK = re.compile(r"^(?:sequential\.)?\d+\.attention\.(?:query_key_value|qkv)\.weight$")
 _NUMBER = re.compile(r"^(?:sequential\.|tied_modules\.embed\.)?(?:\d+\.)?")
 _COLUMN = re.compile(r"^mlp\.(?:dense_h_to_4h|linear1|w1|w3)\.(?:weight|bias)$")
 _ROW = re.compile(r"^(?:attention\.dense|mlp\.(?:dense_4h_to_h|linear2|w2))\.(weight|bias)$")
+_ENGINE_COLUMN = re.compile(r"^(?:attention\.qkv\.|mlp\.fc1_)(?:weight|bias)$")
+_ENGINE_ROW = re.compile(r"^(?:attention\.proj\.|mlp\.fc2_)(weight|bias)$")
 _WHOLE = re.compile(r"(?:norm|layernorm)\.(?:weight|bias|scale)$")
 
 
@@ -91,6 +93,9 @@ def placement(
         return _query_key_value(rows, settings)
     if bare.startswith("mlp.linear1.") and settings.get("activation") in GATED:
         return Fused(0, (rows // 2, rows // 2))
+    found = _engine(bare, rows, settings)
+    if found is not None:
+        return found
     if _COLUMN.match(bare) or bare == "word_embeddings.weight":
         return Shard(0)
     if bare == "final_linear.weight":
@@ -105,6 +110,21 @@ def placement(
         f"{source}: how GPT-NeoX cuts {name!r} (parts {list(shapes)}) over tensor-parallel ranks "
         "is not known"
     )
+
+
+def _engine(bare: str, rows: int, settings: Mapping[str, Any]) -> Placement | None:
+    """Transformer Engine's modules; how GPT-J's residual adds their biases is not known."""
+    if bare.startswith("mlp.fc1_") and settings.get("activation") in GATED:
+        return Fused(0, (rows // 2, rows // 2))
+    if _ENGINE_COLUMN.match(bare):
+        return Shard(0)
+    if match := _ENGINE_ROW.match(bare):
+        if match[1] == "weight":
+            return Shard(1)
+        return None if settings.get("gpt_j_residual") is not False else Average()
+    if bare.endswith("._extra_state"):
+        return Replicate()
+    return Average() if bare.startswith("mlp.layer_norm_") else None
 
 
 def _query_key_value(rows: int, settings: Mapping[str, Any]) -> Placement:

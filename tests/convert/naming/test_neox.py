@@ -200,6 +200,66 @@ def test_llama(tmp_path: Path, tp: int, kv: int, new: bool) -> None:
     _same_logits(model, made, transformers.LlamaForCausalLM, transformers.LlamaConfig)
 
 
+def _engine(layers: dict[int, State], gated: bool, kv: int) -> dict[int, State]:
+    """Transformer Engine's names: ``te_mha`` and ``te_layernorm_mlp``."""
+    out: dict[int, State] = {}
+    for number, layer in layers.items():
+        if "attention.dense.weight" not in layer:
+            out[number] = layer
+            continue
+        new = {"attention._extra_state": torch.zeros(3, dtype=torch.uint8)}
+        for name, tensor in layer.items():
+            bare = name.replace("attention.query_key_value", "attention.qkv")
+            bare = bare.replace("attention.dense", "attention.proj")
+            bare = bare.replace("mlp.dense_h_to_4h.", "mlp.fc1_").replace(
+                "mlp.linear2.", "mlp.fc2_"
+            )
+            bare = bare.replace("mlp.dense_4h_to_h.", "mlp.fc2_").replace(
+                "mlp.linear1.", "mlp.fc1_"
+            )
+            bare = bare.replace("post_attention_layernorm.", "mlp.layer_norm_")
+            if bare.startswith("mlp.fc1_") and gated:  # the half that is activated comes first
+                tensor = torch.cat(tensor.chunk(2, 0)[::-1])
+            if bare.startswith("attention.qkv") and kv != HEADS:  # by groups
+                d = DIM // HEADS
+                q, k, v = (x.view(kv, -1, DIM) for x in tensor.split([DIM, kv * d, kv * d]))
+                tensor = torch.cat([q, k, v], 1).reshape(-1, DIM)
+            new[bare.replace("layer_norm_scale", "layer_norm_weight")] = tensor
+        out[number] = new
+    return out
+
+
+@pytest.mark.parametrize(("tp", "parallel"), [(1, True), (2, False)])
+def test_transformer_engine(tmp_path: Path, tp: int, parallel: bool) -> None:
+    model = _model(parallel)
+    ranks = [_cut_neox(model, r, tp, parallel=parallel, new=False) for r in range(tp)]
+    ranks = [_engine(r, False, HEADS) for r in ranks]
+    made = prepare(open_checkpoint(_write(tmp_path, ranks, _yml(parallel), pipeline=True)))
+    for name, want in model.state_dict().items():
+        ours = name if name in made.weights else "embed_out.weight"
+        assert np.array_equal(made.weights[ours].read(), want.numpy()), name
+    _same_logits(model, made, transformers.GPTNeoXForCausalLM, transformers.GPTNeoXConfig)
+
+
+@pytest.mark.parametrize(("tp", "kv"), [(1, 4), (1, 2), (2, 4)])
+def test_transformer_engine_llama(tmp_path: Path, tp: int, kv: int) -> None:
+    model = _llama(kv)
+    ranks = [_engine(_cut_llama(model, r, tp, kv, new=True), True, kv) for r in range(tp)]
+    more = (f'"num_kv_heads": {kv}, "activation": "swiglu", "norm": "te_rmsnorm", "rotary-pct": 1,'
+            '"rms_norm_epsilon": 1.0e-5, "use_bias_in_attn_linear": false')  # fmt: skip
+    made = prepare(open_checkpoint(_write(tmp_path, ranks, _yml(False, more), pipeline=True)))
+    for name, want in model.state_dict().items():
+        assert np.array_equal(made.weights[name].read(), want.numpy()), name
+    _same_logits(model, made, transformers.LlamaForCausalLM, transformers.LlamaConfig)
+
+
+def test_transformer_engine_with_unknown_biases(tmp_path: Path) -> None:
+    ranks = [_cut_neox(_model(True), r, 2, parallel=True, new=False) for r in range(2)]
+    ranks = [_engine(r, False, HEADS) for r in ranks]
+    with pytest.raises(UnsupportedError, match="is not known"):
+        open_checkpoint(_write(tmp_path, ranks, _yml(True), pipeline=True))
+
+
 def test_there_and_back(tmp_path: Path) -> None:
     ranks = [_cut_neox(_model(True), 0, 1, parallel=True, new=False)]
     opened = open_checkpoint(_write(tmp_path, ranks, _yml(True), pipeline=True))
