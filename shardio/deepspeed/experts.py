@@ -13,10 +13,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ...errors import FormatError, UnsupportedError
+from ...errors import FormatError
 from ..source import FileSource
 from ..stored import lazy
 from ..tensor import LazyTensor
+from . import autoep
 from .fields import Fields, Shape
 from .folder import Folder, load, missing
 from .grid import read_all
@@ -32,10 +33,12 @@ class Owners:
     Attributes:
         ranks: in partition order.
         names: parameter name in the group to its name in the whole model.
+        ep_rank: which expert-parallel rank they are.
     """
 
     ranks: tuple[OptimState, ...]
     names: Mapping[str, str]
+    ep_rank: int = 0
 
 
 def read_experts(folder: Folder, mp: int, model: ModelState) -> dict[str, LazyTensor]:
@@ -58,11 +61,6 @@ def read_experts(folder: Folder, mp: int, model: ModelState) -> dict[str, LazyTe
 
 
 def _check_files(folder: Folder, mp: int, model: ModelState) -> None:
-    if model.fields.get("ds_autoep_layers"):
-        raise UnsupportedError(
-            f"{model.path}: AutoEP checkpoints (fused experts) cannot be read; "
-            "export the model with save_16bit_model"
-        )
     counts = model.fields.plain("num_experts")
     if not isinstance(counts, list) or any(type(n) is not int or n < 0 for n in counts):
         return
@@ -92,7 +90,8 @@ def owners(
         return [Owners(tuple(ranks), {n: n for n in table})]
     ep, rest = divmod(len(ranks), count)
     local = _local_counts(table)
-    if rest or any(_EXPERT.match(n) is None for n in table):
+    fused = autoep.local_experts(model)
+    if rest or any(_EXPERT.match(n) is None and not autoep.is_fused(n, fused) for n in table):
         raise FormatError(
             f"{ranks[0].path}: group {index} is cut into {count} partitions, there are "
             f"{len(ranks)} ranks, and it is no group of experts"
@@ -101,7 +100,7 @@ def owners(
     found = []
     for e in range(ep):
         chosen = [r for r in ranks if (r.dp // count if data_first else r.dp % ep) == e]
-        found.append(Owners(tuple(chosen), {n: _global(n, e, local) for n in table}))
+        found.append(Owners(tuple(chosen), {n: _global(n, e, local) for n in table}, e))
     return found
 
 
@@ -115,5 +114,6 @@ def _local_counts(table: Mapping[str, Shape]) -> dict[str, int]:
 
 def _global(name: str, ep_rank: int, local: Mapping[str, int]) -> str:
     match = _EXPERT.match(name)
-    assert match is not None, f"{name} is no expert"
+    if match is None:  # fused experts are taken apart later
+        return name
     return f"{match[1]}{ep_rank * local[match[1]] + int(match[2])}{match[3]}"

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...errors import FormatError
+from ...errors import FormatError, UnsupportedError
 from ..stored import identity, lazy
 from ..tensor import LazyTensor
-from . import zero0, zero3, zero12
+from . import autoep, zero0, zero3, zero12
 from .experts import owners
 from .fields import Shape
 from .nvme import find_swapped
@@ -90,6 +90,9 @@ def low_stage(model: ModelState, optims: Sequence[OptimState], experts: LazyTens
     """Return the part of a stage 0 to 2 rank whose weights are in ``module`` and expert files."""
     part = Part()
     read_module(part, model)
+    for alias, owner in autoep.router_aliases(part.weights, autoep.local_experts(model)).items():
+        part.copies.setdefault(owner, []).append(part.weights.pop(alias))
+        part.tied[alias] = owner
     part.weights.update(experts)
     if optims:
         add_zero12(part, model, optims)
@@ -103,12 +106,13 @@ def low_stage(model: ModelState, optims: Sequence[OptimState], experts: LazyTens
 
 def add_zero12(part: Part, model: ModelState, optims: Sequence[OptimState]) -> None:
     """Add the optimizer states of a stage 1 or 2 rank."""
-    reorder = registration_order(model)
+    reorder, fused = registration_order(model), autoep.local_experts(model)
     for k, table in enumerate(group_shapes(model, optims, part.weights)):
         for owner in owners(k, table, optims, model) if table else ():
             group = zero12.make_group(k, table, owner.ranks)
             for state, tensors in zero12.read_group(group, reorder).items():
                 named = {owner.names[n]: t for n, t in tensors.items()}
+                named = autoep.unfused(named, owner.ep_rank, fused)
                 part.optimizer.setdefault(state, {}).update(named)
 
 
@@ -175,6 +179,11 @@ def _note_excluded(part: Part, model: ModelState) -> None:
 def stage3(models: Sequence[ModelState], optims: Sequence[OptimState], mp_world: int = 1) -> Part:
     """Return the part of a stage 3 rank, one of ``mp_world`` model-parallel ones."""
     first, part = models[0], Part()
+    if autoep.local_experts(first):
+        raise UnsupportedError(
+            f"{first.path}: AutoEP with ZeRO-3 (experts cut over other ranks than the rest) cannot "
+            "be read; convert it with DeepSpeed's ds_to_universal first"
+        )
     zero3.check_ranks(optims)
     for m in models[1:]:
         if m.groups != first.groups or m.frozen_shapes != first.frozen_shapes:

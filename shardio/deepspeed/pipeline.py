@@ -16,7 +16,7 @@ from ...errors import FormatError
 from ..source import FileSource
 from ..stored import lazy, plain
 from ..tensor import LazyTensor
-from . import neox, zero0
+from . import autoep, neox, zero0
 from .fields import Fields
 from .folder import Folder, load, missing
 from .grid import Grid, read_all
@@ -180,6 +180,8 @@ def naming_of(weights: Iterable[str]) -> str:
     names = list(weights)
     if neox.is_neox(names):
         return neox.NAMING
+    if autoep.is_autoep(names):
+        return autoep.NAMING
     if any(n[:1].isdigit() for n in names):
         return NAMING
     megatron = any(".self_attention.query_key_value" in n for n in names)
