@@ -19,6 +19,7 @@ from ..coverage import prove
 from ..jax_worlds import jax_world_of
 from ..layout import Layout
 from ..megatron.zarr import ARRAY, open_array
+from ..optax_states import step_of, told_apart
 from ..packed_file import unpack_chunk
 from ..registry import Format, OpenOptions
 from ..state_checkpoint import model_files
@@ -28,8 +29,6 @@ from ..tensorstore_array import open_store
 _TREE = "_METADATA"
 _ITEMS = ("", "default", "items", "params", "state", "model_params")
 _UNFINISHED = ".orbax-checkpoint-tmp"
-_MOMENTS = {"mu": "exp_avg", "nu": "exp_avg_sq"}
-_COUNTERS = ("step", "global_step")
 
 
 def detect(path: Path) -> Path | None:
@@ -68,7 +67,7 @@ def open_orbax(root: Path, options: OpenOptions) -> Checkpoint:
             arrays[shown] = open_array(root / name, unpack_chunk)
         else:
             raise FormatError(f"{root}: the array {name!r} of {_TREE} is missing")
-    weights, optimizer, rest = _sorted(arrays)
+    weights, optimizer, rest = told_apart(arrays)
     if not weights:
         raise FormatError(f"{root}: holds no arrays that could be model weights")
     prove(weights, root)
@@ -84,7 +83,7 @@ def open_orbax(root: Path, options: OpenOptions) -> Checkpoint:
         naming=jax_world_of(weights),
         weights=weights,
         optimizer=optimizer,
-        step=_step(arrays),
+        step=step_of(arrays),
         config=config,
         layout=Layout(format="orbax"),
         assets=assets,
@@ -111,36 +110,6 @@ def _names(root: Path, tree: Any) -> list[str]:
             raise FormatError(f"{root / _TREE}: {name[:80]!r} is no name of an array")
         names.append(name)
     return names
-
-
-def _sorted(
-    arrays: Mapping[str, LazyTensor],
-) -> tuple[dict[str, LazyTensor], dict[str, dict[str, LazyTensor]], list[str]]:
-    """Tell weights from optax states (``opt_state...mu.<parameter>``) and counters."""
-    states = [n for n in arrays if n.split(".")[0].startswith("opt")]
-    counters = [n for n in arrays if arrays[n].shape == () and n.rpartition(".")[2] in _COUNTERS]
-    weights = {n: t for n, t in arrays.items() if n not in states and n not in counters}
-    optimizer: dict[str, dict[str, LazyTensor]] = {}
-    rest = list(counters)
-    for name in states:
-        words = name.split(".")
-        moment = next((w for w in words if w in _MOMENTS), None)
-        tail = ".".join(words[words.index(moment) + 1 :]) if moment else ""
-        places = (tail, f"params.{tail}", tail.removeprefix("params."))
-        owner = next((n for n in places if n in weights), None)
-        if owner is None or moment is None:
-            rest.append(name)
-            continue
-        optimizer.setdefault(_MOMENTS[moment], {})[owner] = arrays[name]
-    return weights, optimizer, rest
-
-
-def _step(arrays: Mapping[str, LazyTensor]) -> int | None:
-    for name in _COUNTERS:
-        tensor = arrays.get(name)
-        if tensor is not None and tensor.shape == () and tensor.dtype.kind in "iu":
-            return int(tensor.read().item())
-    return None
 
 
 FORMAT = Format("orbax", "Orbax (JAX)", detect, open_orbax, rank=55)

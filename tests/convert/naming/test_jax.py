@@ -27,6 +27,7 @@ from .jax_cases import (
     moments_of,
     state_of,
     write_orbax,
+    write_zarr,
 )
 
 torch = pytest.importorskip("torch")
@@ -215,6 +216,27 @@ def test_levanter_names(tmp_path: Path, case: str, old: bool) -> None:
     path = write_orbax(tmp_path / "items", levanter(truth, model.config, old=old))
     assert open_checkpoint(path).naming == "levanter"
     check(path, model, truth, tmp_path / "hf", {})
+
+
+def test_levanter_folder(tmp_path: Path) -> None:
+    model = make_model("llama")
+    truth = hf_files(model, tmp_path / "hf")
+    moments = {"exp_avg": moments_of(truth, 5), "exp_avg_sq": moments_of(truth, 6)}
+    step = tmp_path / "run" / "step-12"
+    tree = levanter(truth, model.config, old=False)
+    for word, state in (("mu", "exp_avg"), ("nu", "exp_avg_sq")):
+        made = levanter(moments[state], model.config, old=False)
+        at = f"opt_state.inner_state.0.{word}"
+        tree |= {n.replace("model.", f"{at}.", 1): a for n, a in made.items()}
+    for name, array in {**tree, "step": np.array(12, np.int32)}.items():
+        write_zarr(step.joinpath(*name.split(".")), array)
+    (step / "metadata.json").write_text('{"step": 12, "is_temporary": false}')
+    opened = open_checkpoint(tmp_path / "run")
+    assert (opened.format, opened.naming, opened.step) == ("levanter", "levanter", 12)
+    check(step, model, truth, tmp_path / "hf", moments)
+    (step / "model" / "transformer" / "norm" / "weight" / "1").unlink()
+    with pytest.raises(MconvError, match="norm"):
+        open_checkpoint(step)
 
 
 @pytest.mark.parametrize(
