@@ -54,7 +54,7 @@ class Layout:
     max_shard_size: int | None = None
 
     def __post_init__(self) -> None:
-        for axis in _SIZES:
+        for axis in (*_SIZES, "make_vocab_divisible_by"):
             size = getattr(self, axis)
             if size is not None and size < 1:
                 raise LayoutError(f"{axis}={size}: a size is at least 1")

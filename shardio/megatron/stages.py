@@ -84,9 +84,15 @@ def stages_of_layout(layers: int, layout: Layout) -> Stages:
             )
         given = tuple(n // vpp for n in given) * vpp
     if len(given) != pp * vpp:
-        raise LayoutError(f"pp_layers {_shown(given)}: has {len(given)} numbers for pp={pp}")
+        raise LayoutError(
+            f"pp_layers {_shown(given)}: has {len(given)} numbers for pp={pp}; such as "
+            f"--pp-layers {_shown(_even(layers, pp * vpp))}"
+        )
     if sum(given) != layers:
-        raise LayoutError(f"pp_layers {_shown(given)}: {sum(given)} layers, the model has {layers}")
+        raise LayoutError(
+            f"pp_layers {_shown(given)}: {sum(given)} layers, the model has {layers}; such as "
+            f"--pp-layers {_shown(_even(layers, len(given)))}"
+        )
     return Stages(pp, vpp, given)
 
 
@@ -94,13 +100,22 @@ def _nearest(layers: int, pp: int, vpp: int) -> str:
     valid = [p for p in range(1, layers + 1) if layers % (p * vpp) == 0 and (p > 1 or vpp == 1)]
     near = sorted(sorted(valid, key=lambda p: abs(p - pp))[:2])
     chunks = f"pp={pp} stages" + (f" of vpp={vpp} chunks" if vpp > 1 else "")
-    even = [layers // pp + (k < layers % pp) for k in range(pp)]
+    even = _even(layers, pp)
     uneven = vpp == 1 and 0 not in even
     hint = f"; or give uneven stages: --pp-layers {_shown(even)}" if uneven else ""
-    if not valid:
+    found = [f"pp={p}" for p in near]
+    if vpp > 1:  # or as many stages with another number of chunks
+        chunked = [v for v in range(1, layers + 1) if layers % (pp * v) == 0]
+        found += [f"vpp={v}" for v in sorted(sorted(chunked, key=lambda v: abs(v - vpp))[:2])]
+    if not found:
         return f"{layers} layers cannot be divided over {chunks}: use --vpp 1"
-    shown = " or ".join(f"pp={p}" for p in near)
+    shown = " or ".join(found)
     return f"{layers} layers cannot be divided over {chunks}; nearest valid: {shown}{hint}"
+
+
+def _even(layers: int, stages: int) -> list[int]:
+    """About as many layers on every stage."""
+    return [layers // stages + (k < layers % stages) for k in range(stages)]
 
 
 def _shown(counts: tuple[int, ...] | list[int]) -> str:

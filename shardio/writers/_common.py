@@ -27,6 +27,8 @@ def only_axes(layout: Layout, *axes: str) -> None:
         shown = ", ".join(f"{k}={v}" for k, v in foreign.items())
         has = f"it has {', '.join(axes)}" if axes else "it is not cut at all"
         raise LayoutError(f"format {layout.format!r} cannot be cut by {shown}: {has}")
+    if layout.pp_layers is not None and "pp" not in axes:
+        raise LayoutError(f"format {layout.format!r} cannot be cut by pp_layers: it has no stages")
 
 
 def assets(ckpt: Checkpoint) -> list[OutFile]:

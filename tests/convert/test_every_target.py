@@ -24,12 +24,13 @@ FAMILIES = {"meta": ("llama", "mixtral"), "nanotron": ("llama", "qwen2"),
 
 def megatron(name: str, kind: str) -> st.SearchStrategy[Layout]:
     ep = HALF if kind == "mixtral" else ONE
+    etp = HALF if kind == "mixtral" and name == "megatron-dist" else st.none()
     return st.builds(
-        lambda tp, pp, vpp, ep, zero, impl, tail: Layout(
-            name, tp=tp, pp=pp, vpp=vpp if pp > 1 else 1, ep=ep, zero_stage=zero,
+        lambda tp, pp, vpp, ep, etp, zero, impl, tail: Layout(
+            name, tp=tp, pp=pp, vpp=vpp if pp > 1 else 1, ep=ep, etp=etp, zero_stage=zero,
             transformer_impl=impl, make_vocab_divisible_by=tail,
         ),
-        st.sampled_from([1, 2, 4]), HALF, HALF, ep, st.sampled_from([0, 1]),
+        st.sampled_from([1, 2, 4]), HALF, HALF, ep, etp, st.sampled_from([0, 1]),
         st.sampled_from(["local", "transformer_engine"]), st.sampled_from([1, 8]),
     )  # fmt: skip
 
@@ -77,6 +78,7 @@ def cases(draw: Any) -> tuple[Any, list[Layout]]:
         dtype=draw(st.sampled_from(["bfloat16", "float16", "float32"])),
         layers=draw(st.sampled_from([4, 8])),
         vocab=draw(st.integers(33, 48)),
+        kv_heads=draw(st.sampled_from([2, 4])),
         tied=draw(st.booleans()) if kind != "mixtral" else False,
         theta=draw(st.sampled_from([10000.0, 500000.0])),
     )
@@ -122,6 +124,10 @@ def test_every_writer_is_among_the_targets() -> None:
         ("llama", "megatron-dist:pp=3", "pp="),
         ("mixtral", "megatron:ep=3", "ep=2 or ep=4"),
         ("mixtral", "megatron-dist:ep=3", "ep=2 or ep=4"),
+        ("mixtral", "megatron:tp=2,ep=8", "ep=4"),
+        ("mixtral", "megatron-dist:tp=2,etp=5", "etp=4 or etp=6"),
+        ("llama", "megatron:pp=2,vpp=3", "vpp=1 or vpp=2"),
+        ("llama", "megatron-dist:pp=2,vpp=3", "vpp=1 or vpp=2"),
         ("llama", "deepspeed:tp=3", "tp=2"),
         ("llama", "deepspeed:pp=8,zero=1", "pp=7"),
         ("llama", "deepspeed:pp=2,zero=2", "zero_stage=1"),
@@ -151,6 +157,35 @@ def test_axes_that_a_target_lacks_are_refused(tmp_path: Any, text: str) -> None:
     with pytest.raises(LayoutError, match="cannot be cut by"):
         reshard(ckpt, tmp_path / "out", Layout.parse(text))
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "message"),
+    [
+        ("mixtral", "megatron:tp=2,etp=3", "use --etp 2, or --to megatron-dist"),
+        ("llama", "megatron:etp=2", "no experts"),
+        ("llama", "megatron:vpp=2", "give --pp 2 or more, or --vpp 1"),
+        ("llama", "megatron:pp=2,pp_layers=3+2", "the model has 4; such as --pp-layers 2,2"),
+        ("llama", "megatron-dist:pp=3,pp_layers=2+2", "for pp=3; such as --pp-layers 2,1,1"),
+        ("llama", "megatron:pp=2,vpp=2,pp_layers=1+3", "must divide"),
+        ("llama", "nanotron:pp=2,pp_layers=3+2", "sum to 4"),
+        ("llama", "dcp:pp_layers=2+2", "no stages"),
+        ("llama", "hf:pp_layers=4", "no stages"),
+        ("llama", "nanotron:cp=2", "cannot be cut by cp=2"),
+        ("llama", "megatron:zero=2", "use --zero-stage 1"),
+    ],
+)
+def test_what_does_not_fit_says_what_would(
+    tmp_path: Any, kind: str, text: str, message: str
+) -> None:
+    with pytest.raises(LayoutError, match=message):
+        reshard(family(kind, layers=4), tmp_path / "out", Layout.parse(text))
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_vocabulary_is_padded_to_at_least_one_row() -> None:
+    with pytest.raises(LayoutError, match="make_vocab_divisible_by=0"):
+        Layout("megatron", make_vocab_divisible_by=0)
 
 
 @pytest.mark.parametrize("kind", FAMILIES["torchtitan"])
