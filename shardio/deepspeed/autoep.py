@@ -61,8 +61,9 @@ def _layer(model: ModelState, entry: object) -> tuple[str, int]:
     experts, local, ep = numbers
     placement = known.get("expert_placement")
     ranks = placement.get("ranks") if isinstance(placement, dict) else None
-    in_order = [{"rank": r, "experts": [*range(r * local, (r + 1) * local)]} for r in range(ep)]
-    if local * ep != experts or (ranks is not None and ranks != in_order):
+    even = local * ep == experts
+    in_order = ({"rank": r, "experts": [*range(r * local, (r + 1) * local)]} for r in range(ep))
+    if not even or (ranks is not None and ranks != list(in_order)):
         raise UnsupportedError(
             f"{model.path}: the experts of {prefix} are not dealt out to ranks in order and "
             "evenly; convert it with DeepSpeed's ds_to_universal first"
