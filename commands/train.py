@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -65,6 +65,7 @@ def command(
     from ..shardio.team import leave
     from ..trainer.delivery.pipeline_run import check_types
     from ..trainer.launch import launch, run_rank, torchrun_rank
+    from ..trainer.metrics import Follower
     from ..trainer.settings import load_config
     from ..trainer.settings.degrees import resolve
 
@@ -83,9 +84,10 @@ def command(
     else:
         resolve(config, nproc)
         started = time.monotonic()
-        screen = nullcontext(None) if quiet or as_json else _Screen(config)
+        screen = nullcontext(None) if quiet or as_json else Screen(config.train.steps)
         with screen as shown:
-            launch(Path(run), config.save.folder, nproc, shown.poll if shown else None, said)
+            poll = Follower(config.save.folder, shown) if shown else None
+            launch(Path(run), config.save.folder, nproc, poll, said)
         _show_end(config, time.monotonic() - started, as_json, quiet)
         if config.export.types:
             _export(config, quiet or as_json)
@@ -94,50 +96,6 @@ def command(
 def _absolute(text: str) -> str:
     """Paths of options start where the user is, not where the TOML file lies."""
     return text if text in ("auto", "none") else str(Path(text).resolve())
-
-
-class _Screen(AbstractContextManager["_Screen"]):
-    """A bar with the newest metrics, on a terminal."""
-
-    def __init__(self, config: RunConfig) -> None:
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-        )
-
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-        )
-        console = Console(stderr=True)
-        self._bar = Progress(
-            *columns, console=console, transient=True, disable=not console.is_terminal
-        )
-        self._task = self._bar.add_task("train", total=config.train.steps)
-        self._folder = config.save.folder
-
-    def __enter__(self) -> _Screen:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def poll(self) -> None:
-        """Show the newest line of metrics."""
-        from ..trainer.metrics import read_metrics
-
-        metrics = read_metrics(self._folder)
-        if metrics:
-            last = metrics[-1]
-            text = f"loss {last.loss:.4f}  {last.tokens_per_s:,.0f} tokens/s"
-            self._bar.update(self._task, completed=last.step, description=text)
 
 
 def _show_end(config: RunConfig, seconds: float, as_json: bool, quiet: bool) -> None:

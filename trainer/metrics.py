@@ -10,8 +10,10 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import resource
 import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -132,6 +134,28 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+class Follower:
+    """Tells of the metrics of a run as they appear; call it now and then."""
+
+    def __init__(self, folder: Path, tell: Callable[[StepMetrics], None]) -> None:
+        self._path, self._tell, self._at = folder / FILE, tell, 0
+
+    def __call__(self) -> None:
+        if not self._path.is_file():
+            return
+        with self._path.open("rb") as file:
+            if file.seek(0, os.SEEK_END) < self._at:
+                self._at = 0  # a resumed run has written the file anew
+            file.seek(self._at)
+            *lines, _ = file.read().split(b"\n")  # the last one is not whole yet
+        try:
+            for line in lines:
+                self._tell(StepMetrics(**json.loads(line)))
+            self._at += sum(len(line) + 1 for line in lines)
+        except ValueError:
+            self._at = 0  # as above, and it has grown beyond the old place since
 
 
 class LogHook(Hook):

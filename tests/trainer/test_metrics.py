@@ -27,6 +27,7 @@ from mconv.trainer.measure.plot import panels, plot, svg, ticks  # noqa: E402
 from mconv.trainer.mesh import build_meshes, process_group  # noqa: E402
 from mconv.trainer.metrics import (  # noqa: E402
     Evaluation,
+    Follower,
     LogHook,
     MetricsWriter,
     StepMetrics,
@@ -244,3 +245,24 @@ def test_what_cannot_be_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
     with pytest.raises(ConfigError, match="drawing PNG needs matplotlib"):
         plot([tmp_path], tmp_path / "a.png")
+
+
+def test_lines_are_told_once_as_they_appear(tmp_path: Path) -> None:
+    told: list[int] = []
+    follow = Follower(tmp_path, lambda metrics: told.append(metrics.step))
+    follow()
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(StepMetrics(1, 2.0, 0.1, 1.0, 10.0, 0.1))
+        follow()
+        writer.write(StepMetrics(2, 1.5, 0.1, 1.0, 10.0, 0.1))
+        writer.write(StepMetrics(3, 1.25, 0.1, 1.0, 10.0, 0.1))
+        with (tmp_path / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 4, ')
+        follow()
+        follow()
+    assert told == [1, 2, 3]
+    with MetricsWriter(tmp_path, after=1) as writer:  # a resumed run writes the file anew
+        follow()
+        writer.write(StepMetrics(2, 123456.5, 0.1, 1.0, 10.0, 0.1))
+        follow()
+    assert told == [1, 2, 3, 1, 2]

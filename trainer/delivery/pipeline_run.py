@@ -13,7 +13,7 @@ from ...shardio import open_checkpoint
 from ...shardio.report import Inspection, inspect_checkpoint
 from ..checkpoint import check_files, step_folder
 from ..launch import launch
-from ..metrics import StepMetrics, read_metrics
+from ..metrics import Follower, StepMetrics, read_metrics
 from ..settings.degrees import resolve
 from .export import ExportJob, ExportReport, Stage, export
 from .proof import Proof
@@ -51,15 +51,8 @@ def run_pipeline(
         check_files(folder)
         tell(Stage("train", f"{folder.name} (there already)", 0.0))
         return export_run(job, tell)
-    told = 0
-
-    def follow() -> None:
-        nonlocal told
-        for metrics in read_metrics(config.save.folder)[told:]:
-            tell(metrics)
-            told += 1
-
-    launch(run, config.save.folder, processes, follow, settings)
+    follower = Follower(config.save.folder, tell)
+    launch(run, config.save.folder, processes, follower, settings)
     losses = [m.loss for m in read_metrics(config.save.folder)]
     detail = f"{config.train.steps} steps on {processes} processes"
     if losses:
