@@ -36,7 +36,7 @@ def local_experts(model: ModelState) -> dict[str, int]:
         UnsupportedError: experts that are not dealt out in order and evenly, or folded over
             tensor-parallel ranks.
     """
-    entries = plain(model.fields.get("ds_autoep_layers"))
+    entries = model.fields.get("ds_autoep_layers")
     if not entries:
         return {}
     if model.fields.get("folding"):
@@ -52,14 +52,15 @@ def local_experts(model: ModelState) -> dict[str, int]:
 
 
 def _layer(model: ModelState, entry: object) -> tuple[str, int]:
-    known: Mapping[str, Any] = entry if isinstance(entry, dict) else {}
-    prefix = known.get("expert_key_prefix")
-    values = [known.get(k) for k in ("num_experts", "num_local_experts", "ep_size")]
+    # key by key: the maps of a large model, which say the same again, are too much for plain data
+    raw: Mapping[str, Any] = entry if isinstance(entry, dict) else {}
+    prefix = raw.get("expert_key_prefix")
+    values = [plain(raw.get(k)) for k in ("num_experts", "num_local_experts", "ep_size")]
     numbers = [n for n in values if type(n) is int and 0 < n < _MOST]
     if not isinstance(prefix, str) or len(numbers) < len(values):
         raise FormatError(f"{model.path}: ds_autoep_layers: expected a table per layer of experts")
     experts, local, ep = numbers
-    placement = known.get("expert_placement")
+    placement = plain(raw.get("expert_placement"))
     ranks = placement.get("ranks") if isinstance(placement, dict) else None
     even = local * ep == experts
     in_order = ({"rank": r, "experts": [*range(r * local, (r + 1) * local)]} for r in range(ep))
