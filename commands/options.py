@@ -132,6 +132,7 @@ def measure_option(fn: F) -> F:
     """Whether to tell what the command took."""
     return click.option(
         "--measure",
+        "measure_usage",
         is_flag=True,
         expose_value=False,
         is_eager=True,

@@ -118,7 +118,7 @@ def test_more_ranks_than_rows(tmp_path: Path, text: str) -> None:
         ("torch:dp=2", "dp=2"),
         ("dcp:pp=2", "pp=2"),
         ("hf-dcp:ep=2", "ep=2"),
-        ("deepspeed:zero=1,tp=2", "tp=2"),
+        ("deepspeed:zero=1,ep=2", "ep=2"),
         ("deepspeed-universal:dp=2", "dp=2"),
     ],
 )
