@@ -6,7 +6,6 @@ one tensor. Rules are therefore made for the checkpoint at hand, one per layer o
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -36,15 +35,6 @@ def layer_count(ckpt: Checkpoint, *keys: str) -> int:
                 raise ConfigError(f"{ckpt.path}: the config says {key} = {value!r}")
             return value
     raise ConfigError(f"{ckpt.path}: the config has no num_hidden_layers")
-
-
-def numbers(names: Iterable[str], pattern: str) -> int:
-    """Return how many layers names count: one more than the largest number that ``pattern`` (with
-    one group) finds, 0 for none.
-    """
-    find = re.compile(pattern)
-    found = [int(m[1]) for n in names if (m := find.search(n)) and len(m[1]) < 5]
-    return max(found, default=-1) + 1
 
 
 def root_of(names: Iterable[str], tail: str) -> str | None:
