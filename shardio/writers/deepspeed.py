@@ -273,8 +273,13 @@ def _optimizer_shard(
 
 
 def _instead(ckpt: Checkpoint, layout: Layout) -> str | None:
-    """A pipeline stays one (ZeRO-2 and 3 do not go with it), and stages make one."""
-    stays = ckpt.naming == NAMING and layout.zero_stage < 2
+    """A pipeline stays one where that can be trained, and stages make one.
+
+    ZeRO-2 and 3 do not go with pipelines, nor does a tp of which the source tells no rules: those
+    make a Hugging Face model of it.
+    """
+    ruled = layout.tp == 1 or ckpt.layout.tp > 1 or "universal_checkpoint_info" in ckpt.args
+    stays = ckpt.naming == NAMING and layout.zero_stage < 2 and ruled
     return NAMING if stays or layout.pp > 1 or layout.pp_layers else None
 
 
