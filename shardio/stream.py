@@ -245,7 +245,8 @@ class _Run:
             key = id(payload.group) if isinstance(payload, Member) else (k, j)
             units.setdefault(key, []).append(((k, j, offset), payload))
         sizes = [sum(p.nbytes for _, p in unit) for unit in units.values()]
-        own = self.share.of(list(units.values()), sizes)
+        files = [{k for (k, _, _), _ in unit} for unit in units.values()]
+        own = self.share.of(list(units.values()), sizes, files)
         self.total = sum(p.nbytes for unit in own for _, p in unit)
         for unit in own:
             unit[:] = [(part, p) for part, p in unit if part[:2] not in done]

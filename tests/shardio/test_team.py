@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from mconv.errors import FormatError, MconvError, OutputError
 from mconv.shardio import from_array
 from mconv.shardio.payload import Render, TensorPayload
-from mconv.shardio.shares import split
+from mconv.shardio.shares import Share, split, split_files
 from mconv.shardio.staging import staging_folder, write_folder, write_loose
 from mconv.shardio.stream import Limits, OutFile
 from mconv.shardio.team import together
@@ -112,6 +112,29 @@ def test_shares_are_even_and_complete(sizes: list[int], count: int) -> None:
     load = [sum(n for n, o in zip(sizes, owner, strict=True) if o == r) for r in range(count)]
     run = sum(sizes) // (16 * count)  # a run ends with the item that fills it
     assert max(load) - min(load) <= max(sizes, default=0) + run + 1
+
+
+@given(st.lists(st.tuples(st.integers(0, 99), st.integers(0, 9)), max_size=60), st.integers(1, 5))
+def test_whole_files_are_dealt_evenly_or_not_at_all(
+    items: list[tuple[int, int]], count: int
+) -> None:
+    sizes, files = [n for n, _ in items], [{file} for _, file in items]
+    owner = split_files(sizes, files, count)
+    if owner is not None:
+        assert len({(file, rank) for (_, file), rank in zip(items, owner, strict=True)}) == len(
+            {file for _, file in items}
+        )
+        load = [sum(n for n, o in zip(sizes, owner, strict=True) if o == r) for r in range(count)]
+        assert max(load) * count <= 1.1 * sum(sizes)
+    dealt = [Share(rank, count).of(range(len(items)), sizes, files) for rank in range(count)]
+    assert sorted(k for own in dealt for k in own) == list(range(len(items)))
+
+
+def test_files_of_one_size_have_one_writer_each() -> None:
+    files = [{k % 4} for k in range(40)]
+    assert split_files([5] * 40, files, 2) == [k % 4 % 2 for k in range(40)]
+    assert split_files([5] * 40, files, 3) is None
+    assert split_files([5, 5], [{0, 1}, {2}], 2) is None  # read once for several files
 
 
 @pytest.mark.parametrize("count", [2, 3, 9])
