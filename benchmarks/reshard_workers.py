@@ -2,10 +2,11 @@
 
     python benchmarks/reshard_workers.py [--gigabytes 2] [--rounds 3] [--folder DIR]
 
-Three kinds of work: plain copies (safetensors to safetensors), fp32 weights cut and cast for ZeRO-3
-(bf16 model, fp32 masters), and a GGUF in Q4_K_M. Every worker process has one thread; ``threads``
-is one process with as many threads as it takes by itself. ``cp`` twice at once tells what the disk
-and memory of the machine give to two processes at all.
+Four kinds of work: plain copies (safetensors to safetensors), Megatron TP8 to TP4, fp32 weights cut
+and cast for ZeRO-3 (bf16 model, fp32 masters), and a GGUF in Q4_K_M. Every worker process has one
+thread; ``threads`` is one process with as many threads as it takes by itself. ``cp`` twice at once
+tells what the disk and memory of the machine give to two processes at all; ``--folder /dev/shm``
+leaves the disk out of it.
 """
 
 from __future__ import annotations
@@ -88,6 +89,11 @@ def main() -> None:
         ceiling(source, out, args.rounds)
         reshard = [*MCONV, "reshard", str(source)]
         race(f"copies: {gb} to hf", reshard, out, args.rounds)
+        cut = Path(tmp) / "tp8"
+        run("tp8", [*reshard, "-q", "--to", "megatron", "--tp", "8", str(cut)])
+        tp4 = [*MCONV, "reshard", str(cut), "--to", "megatron", "--tp", "4"]
+        race(f"Megatron TP8 to TP4: {gb}", tp4, out, args.rounds)
+        shutil.rmtree(cut)
         zero = [*reshard, "--to", "deepspeed", "--zero-stage", "3", "--dp", "8", "--dtype", "bf16"]
         race(f"cast and cut: {gb} to ZeRO-3", zero, out, args.rounds)
         gguf = [*MCONV, "to-gguf", str(source), "--type", "q4_k_m"]
