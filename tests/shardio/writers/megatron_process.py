@@ -1,4 +1,4 @@
-"""One process of a real Megatron-Core run on the CPU: loads checkpoints, writes their logits.
+"""A real Megatron-Core run on the CPU: loads checkpoints, writes their logits.
 
 Run by ``test_megatron_real.py`` with a JSON list of jobs as argument. Builds ``GPTModel`` from
 local modules as the saved args say, loads strictly (``load_state_dict`` or
@@ -12,6 +12,9 @@ import json
 import os
 import sys
 from argparse import Namespace
+from datetime import timedelta
+from multiprocessing import get_context
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -276,14 +279,30 @@ def patch() -> None:
     DistributedOptimizer._set_main_param_and_optimizer_states = with_step
 
 
-def main() -> None:
-    """Run all jobs in one group of processes."""
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group("gloo", rank=rank, world_size=world)
+def rank_main(rank: int, world: int, jobs: list[dict[str, Any]]) -> None:
+    """One rank of the group."""
+    limit = timedelta(seconds=240)  # no rank waits longer for one that does not answer
+    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=limit)
     patch()
     with OnCpu():
-        for job in json.loads(sys.argv[1]):
+        for job in jobs:
             run(job)
+
+
+def main() -> None:
+    """Run all jobs in one group of ``WORLD_SIZE`` processes, forked so that all import once."""
+    world, jobs = int(os.environ["WORLD_SIZE"]), json.loads(sys.argv[1])
+    fork = get_context("fork")
+    ranks = [fork.Process(target=rank_main, args=(r, world, jobs)) for r in range(world)]
+    for process in ranks:
+        process.start()
+    left = {process.sentinel: process for process in ranks}
+    while left:
+        for sentinel in wait(list(left)):
+            if left.pop(sentinel).exitcode:
+                for process in ranks:  # they would wait for the one that failed
+                    process.kill()
+                sys.exit(1)
 
 
 if __name__ == "__main__":
