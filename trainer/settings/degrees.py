@@ -123,14 +123,26 @@ def _check_pipeline(config: RunConfig, d: Degrees) -> None:
             f"parallel.pp={d.pp} with {name} has {d.pp} * {d.stages} = {stages} stages, but there "
             f"are only num_hidden_layers={layers}"
         )
-    if d.micro_batches < stages:
+    multiple = d.pp if name == "Interleaved1F1B" else 1
+    if d.micro_batches < stages or d.micro_batches % multiple:
+        wrong = f"do not fill {stages} pipeline stages"
+        if d.micro_batches >= stages:
+            wrong = f"are not divisible by pp={d.pp}, which {name} needs"
         raise ConfigError(
             f"{d.micro_batches} micro-batches (batch={config.train.batch} / dp={d.dp} / "
-            f"micro_batch={d.micro_batch}) do not fill {stages} pipeline stages; use a batch of at "
-            f"least {stages * d.micro_batch * d.dp}, or a smaller train.micro_batch"
+            f"micro_batch={d.micro_batch}) {wrong}; use {_fitting(config, d, stages, multiple)}"
         )
-    if name == "Interleaved1F1B" and d.micro_batches % d.pp:
-        raise ConfigError(f"{name} needs micro-batches, {d.micro_batches}, divisible by pp={d.pp}")
+
+
+def _fitting(config: RunConfig, d: Degrees, stages: int, multiple: int) -> str:
+    """Say which settings give at least ``stages`` micro-batches, a multiple of ``multiple``."""
+    sizes = range(d.rows // stages, 0, -1)
+    size = next((n for n in sizes if d.rows % n == 0 and d.rows // n % multiple == 0), 0)
+    rows = d.rows if size else -(-stages // multiple) * multiple
+    fit = f"train.micro_batch={size or 1}"
+    if config.parallel.microbatches:
+        fit = f"parallel.microbatches={rows // (size or 1)}"
+    return fit if size else f"train.batch={rows * d.dp} (or a multiple) and {fit}"
 
 
 def _check_split_backward(config: RunConfig, d: Degrees) -> None:

@@ -37,6 +37,9 @@ from ..toys import run_config  # noqa: E402
         ("dense", {"ep": 2}, {}, 2, "model.num_experts is 0"),
         ("dense", {"pp": 8}, {"batch": 32}, 8, r"8 \* 1 = 8 stages, .* only num_hidden_layers=4"),
         ("dense", {"pp": 4}, {"batch": 4}, 4, "2 micro-batches .* do not fill 4 pipeline stages"),
+        ("dense", {"pp": 2}, {"batch": 8, "micro_batch": 0}, 2, "use train.micro_batch=4$"),
+        ("dense", {"pp": 4}, {"batch": 2}, 4, r"use train.batch=4 \(or a .* train.micro_batch=1$"),
+        ("dense", {"pp": 2, "microbatches": 1}, {}, 2, "use parallel.microbatches=2$"),
         ("dense", {"pp": 2, "microbatches": 3}, {}, 2, "microbatches=3 does not divide"),
         ("moe", {"ep": 2}, {"checkpointing": "selective"}, 2, "experts of other ranks"),
         (
