@@ -50,7 +50,7 @@ def test_made_checkpoints_are_read(made: list[Case], tmp_path: Path) -> None:
     outcomes = {c.folder.name: examine(c.folder, c, tmp_path / "out") for c in made}
     assert len(outcomes) > 12
     refused = [name for name, outcome in outcomes.items() if outcome == "refused"]
-    assert refused == ["mindspore"]  # read, but its names are not translated
+    assert not refused
 
 
 @pytest.mark.parametrize("part", range(PARTS))
