@@ -28,6 +28,7 @@ from .architectures import (
     table_lines,
 )
 from .gguf import GgufFile
+from .gguf.factors import factored_values, factors_beside
 from .gguf.tensors import BlockTensor, GgufTensors
 
 _FLOAT32 = np.dtype(np.float32)
@@ -86,7 +87,8 @@ def restored_weights(
         The tensors, or everything that does not fit.
     """
     computed = {one.gguf for one in architecture.extra_tensors}
-    there = {name: info for name, info in file.tensors.items() if name not in computed}
+    factors, beside = factors_beside(file)
+    there = {n: i for n, i in file.tensors.items() if n not in computed and n not in beside}
     lines = table_lines(architecture, config, tied="output.weight" not in there)
     chosen, problems = _choose(lines, there, packed=dtype is None, file=file)
     used = {name for line in chosen for name in line.outputs}
@@ -98,13 +100,13 @@ def restored_weights(
     order = {name: place for place, name in enumerate(file.tensors)}
     for line in sorted(chosen, key=lambda line: order[line.outputs[0]]):
         how = line.rule.transform or stacking(line.rule.hf)
-        parts = _alike([tensors.values(name) for name in line.outputs])
+        blocks = any(isinstance(tensors.values(name), BlockTensor) for name in line.outputs)
+        parts = _alike([factored_values(tensors, factors, name) for name in line.outputs])
         try:
             made = TRANSFORMS[how].undo(parts, sizes)
         except ValueError as error:
             problems.append(f"shape: {', '.join(line.outputs)}: {error}")
             continue
-        blocks = any(isinstance(part, BlockTensor) for part in parts)
         if TRANSFORMS[how].changes_values and dtype is None and not blocks:
             made = _unrounded(TRANSFORMS[how], parts, made, sizes, kind)
         for name, tensor in zip(line.sources, made, strict=True):

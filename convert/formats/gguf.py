@@ -19,6 +19,7 @@ from ...shardio.registry import Format, OpenOptions
 from ...shardio.source import open_file
 from ...shardio.state_checkpoint import model_files
 from ..gguf import open_gguf
+from ..gguf.factors import factored_values, factors_beside
 from ..gguf.tensors import GgufTensors
 
 _MAGIC = b"GGUF"
@@ -51,7 +52,10 @@ def open_gguf_checkpoint(root: Path, options: OpenOptions) -> Checkpoint:
     """
     file = open_gguf(root)
     tensors = GgufTensors(file)
-    weights = {name: tensors.values(name) for name in file.tensors}
+    factors, beside = factors_beside(file)
+    weights = {
+        name: factored_values(tensors, factors, name) for name in file.tensors if name not in beside
+    }
     if not weights:
         raise FormatError(f"{root}: holds no tensors, only a vocabulary")
     prove(weights, root)

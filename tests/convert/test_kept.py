@@ -9,6 +9,8 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from mconv.convert.diff import diff
+from mconv.convert.from_gguf import from_gguf
 from mconv.convert.to_gguf import GgufReport, to_gguf
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -144,3 +146,36 @@ def test_only_its_own_formats_stay_unasked(tmp_path: Path, plain: Path, kind: st
     assert other.kept is not None
     assert sum(other.kept.types.values()) == 14
     assert any("keep their bits" in line for line in other.warnings)
+
+
+def _comes_back(source: Path, exact: Path, gguf_file: Path) -> None:
+    """from-gguf gives the source's decoded values; diff finds the file and its source alike."""
+    from safetensors.numpy import load_file
+
+    back = gguf_file.with_name("back")
+    report = from_gguf(gguf_file, back, dtype="f32")
+    assert any("decoded" in line for line in report.warnings)
+    mine, truth = ({} for _ in range(2))
+    for folder, out in ((back, mine), (exact, truth)):
+        for path in folder.glob("*.safetensors"):
+            out |= load_file(path)
+    assert mine.keys() == truth.keys()
+    for name, value in mine.items():
+        assert np.allclose(value, truth[name].astype(np.float32), rtol=2e-7, atol=0), name
+    for other in (gguf_file, back):
+        assert diff(other, exact).within(2e-7)
+        assert diff(other, source, rounded=True).within(2**-8)  # it is decoded to bfloat16
+
+
+@pytest.mark.parametrize("kind", ["nvfp4-modelopt", "nvfp4-compressed", "bitnet", "bitnet-auto"])
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside its config.json"])
+def test_factors_come_back(tmp_path: Path, plain: Path, kind: str, beside: bool) -> None:
+    kept, _, _ = _made(plain, tmp_path, kind)
+    if beside:
+        (tmp_path / "config.json").write_bytes((plain / "config.json").read_bytes())
+    _comes_back(tmp_path / "q", tmp_path / "q-exact", kept)
+
+
+def test_factors_of_experts_come_back(tmp_path: Path, experts: Path) -> None:
+    kept, _, _ = _made(experts, tmp_path, "nvfp4-compressed")
+    _comes_back(tmp_path / "q", tmp_path / "q-exact", kept)
