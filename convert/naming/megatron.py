@@ -256,10 +256,12 @@ def _vocabulary(
     if not isinstance(size, int) or size < 1:
         saved = args.get("vocab_size")
         hint = f" (its args mention {saved})" if isinstance(saved, int) else ""
+        known = isinstance(multiple, int) and padded % unit == 0
+        how = f"padded to a multiple of {unit}" if known else "which may be padded"
         raise ConfigError(
-            f"{ckpt.path}: the embedding has {padded} rows, padded to a multiple of {unit}; the "
-            f"true vocabulary size is not in the checkpoint{hint}. Say it with --vocab-size N, or "
-            f"give --config or --tokenizer; --vocab-size {padded} keeps the padding"
+            f"{ckpt.path}: the embedding has {padded} rows, {how}; the true vocabulary size is "
+            f"not in the checkpoint{hint}. Say it with --vocab-size N, or give --config or "
+            f"--tokenizer; --vocab-size {padded} keeps all rows"
         )
     if size > padded:
         raise ConfigError(
