@@ -130,7 +130,7 @@ def _number(own: Mapping[str, Any], key: str) -> float:
     return number
 
 
-def structure(own: Mapping[str, Any]) -> dict[str, Any]:
+def _structure(own: Mapping[str, Any]) -> dict[str, Any]:
     """Return the sizes alone, as in config.json.
 
     Raises:
@@ -156,7 +156,7 @@ def _gated(own: Mapping[str, Any], model_type: str) -> dict[str, Any]:
     """What Llama and its like have in common."""
     return {
         "model_type": model_type,
-        **structure(own),
+        **_structure(own),
         "rms_norm_eps": _number(own, "norm_eps"),
         "rope_theta": _number(own, "rope_base"),
         "rope_scaling": _rope(own),
@@ -292,7 +292,7 @@ def _act(own: Mapping[str, Any]) -> str:
 
 def _neox(own: Mapping[str, Any]) -> dict[str, Any]:
     _check(own, _NEOX)
-    sizes = structure(own)
+    sizes = _structure(own)
     head, heads = sizes.pop("head_dim"), sizes["num_attention_heads"]
     if sizes.pop("num_key_value_heads") != heads or head * heads != sizes["hidden_size"]:
         raise ConfigError("GPT-NeoX has no query groups, and heads of n_embd / n_head")

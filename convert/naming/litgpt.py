@@ -149,6 +149,16 @@ def _settings(ckpt: Checkpoint) -> Settings:
     return read_config(path)
 
 
+def _notes(ckpt: Checkpoint) -> tuple[str, ...]:
+    if "transformer.h.0.post_mlp_norm.weight" in ckpt.weights and "lm_head.weight" in ckpt.weights:
+        return (
+            "LitGPT keeps lm_head.weight of Gemma 2 as a tensor of its own: it stays one under "
+            "Hugging Face's names, but GGUF has no place for it and takes the embedding, which is "
+            "the same unless the head was trained",
+        )
+    return ()
+
+
 def _foreign(config: Settings) -> Settings:
     return {
         "n_layer": config["num_hidden_layers"],
@@ -168,4 +178,5 @@ NAMING = World(
     _settings,
     _foreign,
     buffers=("cos", "sin", "mask_cache"),
+    notes=_notes,
 ).naming

@@ -208,6 +208,7 @@ def test_names_values_and_logits(case: str, made: Any, tmp_path: Path) -> None:
     found = to_hf(open_checkpoint(lit))
     assert found.config is not None
     assert found.config["model_type"] == model.config.model_type
+    assert any("lm_head" in line for line in found.warnings) == (case == "gemma2")
     assert found.weights.keys() == weights.keys()
     assert all(np.array_equal(t.read(), weights[n]) for n, t in found.weights.items())
     reshard(lit, tmp_path / "out", Layout("hf"))
