@@ -24,23 +24,36 @@ from ..gguf.tensors import GgufTensors
 
 _MAGIC = b"GGUF"
 _SPLIT = "-00001-of-"
+_HEAD = 4096  # bytes that the first keys lie in
+_TYPE = b"general.type\x08\0\0\0"  # a string: its length of 8 bytes follows
 _MOST_ITEMS = 1024  # of an array that becomes a setting; vocabularies do not
 
 
 def detect(path: Path) -> Path | None:
-    """Return the file, or the only model (first split) of a folder."""
+    """Return the file, or the only model (first split) of a folder.
+
+    An importance matrix beside it, as the trainer leaves in a run's folder, is no model.
+    """
     if path.is_file():
-        return path if _is_gguf(path) else None
+        return path if _head(path).startswith(_MAGIC) else None
     found = [p for p in sorted(path.glob("*.gguf")) if _SPLIT in p.name or "-of-" not in p.name]
-    return found[0] if len(found) == 1 and _is_gguf(found[0]) else None
+    heads = {p: head for p in found if not _is_imatrix(head := _head(p))}
+    return (
+        next((p for p in heads if heads[p].startswith(_MAGIC)), None) if len(heads) == 1 else None
+    )
 
 
-def _is_gguf(path: Path) -> bool:
+def _is_imatrix(head: bytes) -> bool:
+    _, found, value = head.partition(_TYPE)
+    return bool(found) and value[8:].startswith(b"imatrix")
+
+
+def _head(path: Path) -> bytes:
     try:
         with open_file(path) as file:
-            return file.read(4) == _MAGIC
+            return file.read(_HEAD)
     except OSError:
-        return False
+        return b""
 
 
 def open_gguf_checkpoint(root: Path, options: OpenOptions) -> Checkpoint:

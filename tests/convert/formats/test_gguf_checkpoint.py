@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from mconv.convert.formats.gguf import detect
 from mconv.convert.naming import to_hf
 from mconv.convert.to_gguf import to_gguf
 from mconv.errors import ConfigError, FormatError, MconvError
@@ -77,3 +79,17 @@ def test_unknown_architectures_ask_for_a_config(
     with pytest.raises(MconvError) as e:
         to_hf(replace(opened, args=args, config=None))
     assert isinstance(e.value, ConfigError)
+
+
+def test_an_importance_matrix_beside_is_no_model(tmp_path: Path) -> None:
+    def head(kind: bytes) -> bytes:
+        counts = struct.pack("<IQQ", 3, 0, 1)
+        key = struct.pack("<Q", 12) + b"general.type" + struct.pack("<I", 8)
+        return b"GGUF" + counts + key + struct.pack("<Q", len(kind)) + kind
+
+    (tmp_path / "imatrix.gguf").write_bytes(head(b"imatrix"))
+    assert detect(tmp_path) is None  # the steps of a trainer's run are below
+    (tmp_path / "m.gguf").write_bytes(head(b"model"))
+    assert detect(tmp_path) == tmp_path / "m.gguf"
+    (tmp_path / "n.gguf").write_bytes(head(b"model"))
+    assert detect(tmp_path) is None  # which one?
