@@ -17,13 +17,21 @@ from mconv.trainer.batch import IGNORE, Batch  # noqa: E402
 from mconv.trainer.data import TokenData, permuted  # noqa: E402
 from mconv.trainer.settings.sections import DataConfig  # noqa: E402
 from mconv.trainer.text.pack import pack  # noqa: E402
-from mconv.trainer.text.source import open_data, open_tokens, prepare, token_path  # noqa: E402
+from mconv.trainer.text.source import (  # noqa: E402
+    open_data,
+    open_on_all,
+    open_tokens,
+    prepare,
+    token_path,
+)
 from mconv.trainer.text.token_file import (  # noqa: E402
     TokenFile,
     open_token_file,
     write_token_folder,
     write_tokens,
 )
+
+from .toys import run_config  # noqa: E402
 
 Lengths = st.lists(st.integers(1, 25), min_size=1, max_size=30)
 
@@ -206,6 +214,12 @@ def test_a_changed_dataset_has_another_fingerprint() -> None:
     ):
         assert other.fingerprint() not in seen
         seen.add(other.fingerprint())
+
+
+def test_a_tokenizer_that_is_not_there_is_refused_before_training(tmp_path: Path) -> None:
+    config = run_config("dense", {})
+    with pytest.raises(ConfigError, match=r"data.tokenizer=none: no tokenizer.json or"):
+        open_on_all(config)
 
 
 def test_text_is_encoded_once(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from ..settings.sections import DataConfig
 from .pack import pack
 from .token_file import open_token_file
 from .tokenize import tokenize
-from .tokenizer import digest
+from .tokenizer import FAST, MODEL, digest
 
 _TOKEN_FILES = (".npy", ".bin")
 
@@ -27,9 +27,14 @@ def open_on_all(config: RunConfig, tokens: Path | None = None) -> TokenData:
     """Open a run's training data, or others prepared alike; every rank calls this.
 
     Raises:
-        ConfigError: as ``open_tokens``, or the tokens are of another tokenizer.
+        ConfigError: as ``open_tokens``, no tokenizer, or the tokens are of another one.
         FormatError: damaged files.
     """
+    if not digest(config.data.tokenizer):
+        raise ConfigError(
+            f"data.tokenizer={config.data.tokenizer}: no {FAST} or {MODEL} in there; name the "
+            "folder of one, which is saved with the model"
+        )
     data = config.data if tokens is None else replace(config.data, tokens=tokens)
     seq_len, folder = config.train.seq_len, config.save.folder
     together = dist.is_initialized()
