@@ -116,7 +116,13 @@ def load_optimizer(state: TrainState, ckpt: Checkpoint, step: int) -> None:
         optimizer = owners[id(slot)]
         for kind in _KINDS[type(optimizer)]:
             value = torch.zeros_like(slot).requires_grad_(False)
-            found = ckpt.optimizer.get(kind, {})
+            if kind not in ckpt.optimizer:
+                raise ConfigError(
+                    f"{ckpt.path}: no optimizer state {kind}, which optim.name asks for (there is "
+                    f"{', '.join(ckpt.optimizer) or 'none'}); go on with the optimizer it was "
+                    "trained with, or start from its weights with model.init_from"
+                )
+            found = ckpt.optimizer[kind]
             try:
                 read_into(value, source_name(part, name), part.config, found, ckpt.path)
             except ConfigError as error:

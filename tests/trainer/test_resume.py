@@ -288,6 +288,15 @@ def test_refusals(ranks: Ranks, tmp_path: Path, change: dict[str, Any], words: s
     assert words in ranks(refused, 1, changed)[0]
 
 
+def test_another_optimizer_is_refused(ranks: Ranks, tmp_path: Path) -> None:
+    config = settings(tmp_path / "run", "dense", {})
+    ranks(ran, 1, config, 0, 1)
+    muon = replace(config, optim=replace(config.optim, name="muon"))
+    said = ranks(refused, 1, muon)[0]
+    assert "no optimizer state momentum_buffer, which optim.name asks for" in said
+    assert "(there is exp_avg, exp_avg_sq)" in said
+
+
 @pytest.mark.parametrize(
     ("formats", "words"),
     [
