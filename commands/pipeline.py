@@ -52,7 +52,14 @@ def command(
         raise ConfigError("training needs torch: pip install 'mconv[train]'")
     from ..trainer.delivery.export import ExportJob
     from ..trainer.delivery.pipeline_run import run_pipeline
+    from ..trainer.launch import torchrun_rank
     from ..trainer.settings import load_config
+
+    if torchrun_rank():
+        raise ConfigError(
+            f"mconv pipeline starts its own ranks: train with torchrun ... mconv train {run}, then "
+            "start mconv pipeline without torchrun"
+        )
 
     config = load_config(Path(run), settings)
     wanted = tuple(t.strip() for t in types.split(",")) if types else config.export.types

@@ -92,6 +92,14 @@ def test_a_misspelt_type_is_told_before_the_training(place: Path) -> None:
     assert not (place / "typo").exists()
 
 
+def test_torchrun_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+    done = CliRunner().invoke(cli, ["pipeline", str(write(place, "ranks"))])
+    assert "starts its own ranks" in str(done.exception)
+    assert not (place / "ranks").exists()
+
+
 def test_everything_is_made_and_proven(place: Path, first: dict[str, Any]) -> None:
     assert first["ok"]
     assert len(first["proofs"]) >= 5
