@@ -28,10 +28,20 @@ if TYPE_CHECKING:
     from ..convert.reshard import ReshardReport
 
 
+class _Target(click.Option):
+    """``--to``, whose help lists the targets; the writers are imported only for that."""
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        from ..shardio.writers import writers
+
+        self.help = f"Target layout: {', '.join(sorted([*writers(), 'gguf']))}."
+        return super().get_help_record(ctx)
+
+
 @click.command("reshard")
 @click.argument("src", type=click.Path())
 @click.argument("dst", type=click.Path())
-@click.option("--to", "target", default="hf", show_default=True, help="Target layout.")
+@click.option("--to", "target", default="hf", show_default=True, cls=_Target)
 @click.option("--dtype", help="Cast the weights: f32, f16, bf16 (default: keep).")
 @click.option("--max-shard-size", type=Size(), help="Bytes per output file (default 5GB).")
 @layout_options

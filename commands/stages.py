@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..errors import counted
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -85,9 +87,9 @@ def fail_unless_proven(proofs: Iterable[Proof]) -> None:
 
 
 def _summary(r: Inspection) -> str:
-    layout = " ".join(f"{k}={v}" for k, v in r.layout.items())
+    layout = " ".join((r.format, *(f"{k}={v}" for k, v in r.layout.items())))
     states = ", ".join(r.optimizer)
     return (
-        f"{r.format} {layout}: {r.parameters:,} parameters in {len(r.tensors)} tensors over "
-        f"{r.files} files, optimizer {states}; {'whole' if r.whole else 'BROKEN'}"
+        f"{layout}: {r.parameters:,} parameters in {counted(len(r.tensors), 'tensor')} over "
+        f"{counted(r.files, 'file')}, optimizer {states}; {'whole' if r.whole else 'BROKEN'}"
     )

@@ -83,6 +83,8 @@ def command(
         leave(0)
     else:
         resolve(config, nproc)
+        if not quiet and not as_json:
+            _show_start(config)
         started = time.monotonic()
         screen = nullcontext(None) if quiet or as_json else Screen(config.train.steps)
         with screen as shown:
@@ -96,6 +98,16 @@ def command(
 def _absolute(text: str) -> str:
     """Paths of options start where the user is, not where the TOML file lies."""
     return text if text in ("auto", "none") else str(Path(text).resolve())
+
+
+def _show_start(config: RunConfig) -> None:
+    """Say where a run that was begun before goes on."""
+    from ..trainer.checkpoint import newest
+
+    wish = config.save.resume
+    source = newest(config.save.folder)[0] if wish == "auto" else Path(wish)
+    if wish != "none" and source is not None:
+        click.echo(f"goes on from {source} (--resume none starts anew)")
 
 
 def _show_end(config: RunConfig, seconds: float, as_json: bool, quiet: bool) -> None:

@@ -116,6 +116,11 @@ def model_sizes(path: str | Path, config: str | Path | None = None) -> ModelSize
         architecture = find_architecture(found)
         full = complete_config(found, architecture)
         return _sizes(architecture, full, _expected(architecture, full), {})
+    if path.suffix == ".toml":
+        raise ConfigError(
+            f"{path}: the size of a model is in its config.json or checkpoint: give that; "
+            "`mconv train --dry-run` plans a run as its TOML file says"
+        )
     ckpt = to_hf(open_checkpoint(path, config=config))
     architecture = find_architecture(ckpt.config)
     assert ckpt.config is not None, "else there is no architecture"

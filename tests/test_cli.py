@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mconv.errors import counted
+from mconv.shardio.writers import writers
 from safetensors.numpy import save_file
 
 
@@ -36,6 +37,9 @@ def test_every_command_has_help(command: str) -> None:
     out = mconv(command, "--help")
     assert out.returncode == 0, out.stderr
     assert "Usage: mconv" in out.stdout
+    if command == "reshard":
+        for target in writers():
+            assert target in out.stdout.replace("-\n" + " " * 34, "-")
 
 
 def test_inspect_tells_people_and_programs(zero3: Path) -> None:

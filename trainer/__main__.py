@@ -14,9 +14,10 @@ from ..shardio.team import leave
 
 def main(run: str, store: str, rank: str, world_size: str, *settings: str) -> int:
     """Train one rank; return the exit status."""
-    from .launch import run_rank
+    from .launch import end_with_the_launcher, run_rank
     from .settings import load_config
 
+    end_with_the_launcher()
     try:
         config = load_config(Path(run), settings)
         run_rank(config, int(rank), int(world_size), Path(store))

@@ -2,7 +2,8 @@
 
 Each rank is ``python -m mconv.trainer RUN.toml``; what it prints goes to ``rank-N.log`` in the
 run's folder. When one rank fails the others are ended, since they would wait for it forever. An
-interrupt or a termination signal goes to all ranks, which save and end.
+interrupt or a termination signal goes to all ranks, which save and end. They do the same when the
+launcher is killed: their standard input, which only it holds open, then ends.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def launch(
             ranks.append(
                 subprocess.Popen(
                     [sys.executable, "-m", f"{__package__}", *place, *settings],
-                    stdin=subprocess.DEVNULL,
+                    stdin=subprocess.PIPE,
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     cwd=folder,  # so that a file of the user's folder never shadows a package
@@ -78,6 +79,17 @@ def torchrun_rank() -> tuple[int, int] | None:
     if not all(name in os.environ for name in names):
         return None
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def end_with_the_launcher() -> None:
+    """Ask this rank to save and end, as a termination signal does, once its launcher is gone."""
+
+    def wait() -> None:
+        while os.read(0, 1):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def run_rank(config: RunConfig, rank: int, world_size: int, store: Path | None = None) -> None:
@@ -161,6 +173,8 @@ def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+        assert process.stdin is not None, "launched with a pipe"
+        process.stdin.close()
 
 
 def _log(folder: Path, rank: int) -> Path:

@@ -142,6 +142,28 @@ def test_termination_reaches_the_ranks(prepared: Path) -> None:
     assert list((prepared / "long").glob("step-*"))
 
 
+def test_ranks_save_and_end_without_their_launcher(prepared: Path) -> None:
+    psutil = pytest.importorskip("psutil")
+    command = [sys.executable, "-m", "mconv", "train", str(prepared / "run.toml"), "--nproc", "2"]
+    command += ["--set", "save.folder=orphans", "--set", "train.steps=100000", "-q"]
+    with subprocess.Popen(command) as process:
+        deadline = time.monotonic() + 90
+        while not read_metrics(prepared / "orphans") and time.monotonic() < deadline:
+            time.sleep(0.1)
+        ranks = psutil.Process(process.pid).children()
+        process.kill()
+    assert len(ranks) == 2
+    left = psutil.wait_procs(ranks, timeout=60)[1]
+    for rank in left:
+        rank.kill()
+    assert not left
+    (saved,) = (prepared / "orphans").glob("step-*")
+    done = mconv(prepared / "run.toml", "--set", "save.folder=orphans", "--nproc", 1,
+                 "--set", f"train.steps={int(saved.name[5:]) + 1}")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert f"goes on from {saved}" in done.output
+
+
 DYING = """
 import os, sys
 from pathlib import Path

@@ -221,6 +221,8 @@ def test_the_command(tmp_path: Path) -> None:
     assert [row["type"] for row in said["serve"]] == list(TYPES)
     run = CliRunner().invoke(cli, ["plan", path, "--json", "--train"], catch_exceptions=False)
     assert json.loads(run.stdout)["train"]["offload"]
+    with pytest.raises(ConfigError, match=r"run\.toml.*give that.*--dry-run"):
+        model_sizes(tmp_path / "run.toml")
     with pytest.raises(ConfigError, match="cannot be shared evenly by 3 nodes"):
         Machines(gpus=8, memory=GB, nodes=3)
 
