@@ -32,6 +32,7 @@ class _Target(click.Option):
     """``--to``, whose help lists the targets; the writers are imported only for that."""
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        """Return the option and its help."""
         from ..shardio.writers import writers
 
         self.help = f"Target layout: {', '.join(sorted([*writers(), 'gguf']))}."

@@ -19,15 +19,11 @@ import numpy as np
 from ...errors import FormatError, UnsupportedError
 from ..checkpoint import Checkpoint
 from ..chunked import Chunked
-from ..coverage import prove
 from ..flat_buffer import Run, from_runs
-from ..jax_worlds import jax_world_of
-from ..layout import Layout
+from ..jax_checkpoint import jax_checkpoint
 from ..msgpack_scan import Place, Scanner
-from ..optax_states import step_of, told_apart
 from ..registry import Format, OpenOptions
 from ..source import FileSource
-from ..state_checkpoint import model_files
 from ..tensor import LazyTensor
 
 _NAMES = ("flax_model.msgpack", "streaming_params", "streaming_train_state")
@@ -77,25 +73,7 @@ def open_msgpack(root: Path, options: OpenOptions) -> Checkpoint:
                     arrays[name] = tensor
     except (ValueError, OverflowError) as e:
         raise FormatError(f"{root}: damaged or truncated ({e})") from e
-    weights, optimizer, rest = told_apart(arrays)
-    if not weights:
-        raise FormatError(f"{root}: holds no arrays that could be model weights")
-    prove(weights, root)
-    for state, tensors in optimizer.items():
-        prove(tensors, f"{root}: optimizer state {state}")
-    config, assets = model_files(root, options)
-    return Checkpoint(
-        path=root,
-        format="flax_msgpack",
-        naming=jax_world_of(weights),
-        weights=weights,
-        optimizer=optimizer,
-        step=step_of(arrays),
-        config=config,
-        layout=Layout(format="flax_msgpack"),
-        assets=assets,
-        warnings=(f"{len(rest)} arrays are left out (counters): {rest[0]}",) if rest else (),
-    )
+    return jax_checkpoint(root, options, arrays, name="flax_msgpack")
 
 
 def _leaves(file: BinaryIO, size: int) -> Iterator[tuple[str, Any]]:

@@ -13,14 +13,10 @@ from pathlib import Path
 from ...errors import FormatError
 from ..assets import load_json
 from ..checkpoint import Checkpoint
-from ..coverage import prove
-from ..jax_worlds import jax_world_of
-from ..layout import Layout
+from ..jax_checkpoint import jax_checkpoint
 from ..megatron.zarr import ARRAY, open_array
-from ..optax_states import step_of, told_apart
 from ..packed_file import unpack_chunk
 from ..registry import Format, OpenOptions
-from ..state_checkpoint import model_files
 from ..tensor import LazyTensor
 
 _METADATA, _MODEL = "metadata.json", "model"
@@ -47,29 +43,15 @@ def open_levanter(root: Path, options: OpenOptions) -> Checkpoint:
     arrays: dict[str, LazyTensor] = {}
     for folder in _arrays(root):
         arrays[".".join(folder.relative_to(root).parts)] = open_array(folder, unpack_chunk)
-    weights, optimizer, rest = told_apart(arrays)
-    others = [n for n in weights if not n.startswith(f"{_MODEL}.")]
-    weights = {n: t for n, t in weights.items() if n.startswith(f"{_MODEL}.")}
-    if not weights:
-        raise FormatError(f"{root}: holds no arrays below {_MODEL}/")
-    prove(weights, root)
-    for state, tensors in optimizer.items():
-        prove(tensors, f"{root}: optimizer state {state}")
-    rest += others
     saved = load_json(root / _METADATA)
     step = saved.get("step") if isinstance(saved, dict) else None
-    config, assets = model_files(root, options)
-    return Checkpoint(
-        path=root,
-        format="levanter",
-        naming=jax_world_of(weights),
-        weights=weights,
-        optimizer=optimizer,
-        step=step if type(step) is int else step_of(arrays),
-        config=config,
-        layout=Layout(format="levanter"),
-        assets=assets,
-        warnings=(f"{len(rest)} arrays are left out (counters, keys): {rest[0]}",) if rest else (),
+    return jax_checkpoint(
+        root,
+        options,
+        arrays,
+        name="levanter",
+        model=_MODEL,
+        step=step if type(step) is int else None,
     )
 
 

@@ -12,17 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...errors import FormatError, counted
+from ...errors import FormatError
 from ..assets import load_json
 from ..checkpoint import Checkpoint
-from ..coverage import prove
-from ..jax_worlds import jax_world_of
-from ..layout import Layout
+from ..jax_checkpoint import jax_checkpoint
 from ..megatron.zarr import ARRAY, open_array
-from ..optax_states import step_of, told_apart
 from ..packed_file import unpack_chunk
 from ..registry import Format, OpenOptions
-from ..state_checkpoint import model_files
 from ..tensor import LazyTensor
 from ..tensorstore_array import open_store
 
@@ -67,28 +63,7 @@ def open_orbax(root: Path, options: OpenOptions) -> Checkpoint:
             arrays[shown] = open_array(root / name, unpack_chunk)
         else:
             raise FormatError(f"{root}: the array {name!r} of {_TREE} is missing")
-    weights, optimizer, rest = told_apart(arrays)
-    if not weights:
-        raise FormatError(f"{root}: holds no arrays that could be model weights")
-    prove(weights, root)
-    for state, tensors in optimizer.items():
-        prove(tensors, f"{root}: optimizer state {state}")
-    notes = []
-    if rest:
-        notes.append(f"left out: {counted(len(rest), 'array')} (counters, schedules): {rest[0]}")
-    config, assets = model_files(root, options)
-    return Checkpoint(
-        path=root,
-        format="orbax",
-        naming=jax_world_of(weights),
-        weights=weights,
-        optimizer=optimizer,
-        step=step_of(arrays),
-        config=config,
-        layout=Layout(format="orbax"),
-        assets=assets,
-        warnings=tuple(notes),
-    )
+    return jax_checkpoint(root, options, arrays, name="orbax")
 
 
 def _names(root: Path, tree: Any) -> list[str]:
