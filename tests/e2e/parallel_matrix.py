@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 import torch.distributed as dist
-from mconv import Layout, reshard
 from pipe_training import BLOCKS, HEADS, HIDDEN, VOCAB, WIDTH, run_pipe
-from resume_matrix import END, MIDDLE, Run, port
-from tiny_training import ADAM, BATCH, _forget, batch, forked, mean_loss
+from resume_matrix import Case, run_case
+from tiny_training import ADAM, BATCH, batch, go_on, mean_loss
 
 CONFIG = {
     "model_type": "llama", "vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": WIDTH,
@@ -69,10 +67,7 @@ def run_autotp(
     optimizer = torch.optim.AdamW(net.parameters(), foreach=False, **ADAM)
     engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=settings)
     if load is not None:
-        path, _ = engine.load_checkpoint(str(load))
-        assert path is not None, f"nothing was loaded from {load}"
-        if forget:
-            _forget(getattr(engine.optimizer, "optimizer", engine.optimizer))
+        go_on(engine, load, forget=forget)
     losses = []
     for step in range(first, last):
         if step == save_at:
@@ -88,7 +83,7 @@ def run_autotp(
 fp, bf = partial(run_pipe), partial(run_pipe, dtype="bf16")
 auto = partial(run_autotp)
 # name: (ranks of A, A, layouts to pass, ranks of B, B)
-CASES: dict[str, tuple[int, Run, list[str], int, Run]] = {
+CASES: dict[str, Case] = {
     "pipe-pp2-to-pp1-dp2": (
         2, partial(fp, pp=2), ["deepspeed:pp=1,dp=2,zero=1"], 2, partial(fp, pp=1)
     ),
@@ -134,24 +129,10 @@ CASES: dict[str, tuple[int, Run, list[str], int, Run]] = {
 }  # fmt: skip
 
 
-def run_case(name: str, work: Path) -> dict[str, list[float]]:
-    """The losses of a case: going on, resumed, resumed without moments."""
-    world_a, train, layouts, world_b, resume = CASES[name]
-    source = work / "a"
-    job = partial(train, first=0, last=END, save_at=MIDDLE, save=source)
-    truth = forked(world_a, job, port())
+def config_of(name: str) -> dict[str, Any]:
+    """The config.json of the model of a case."""
     config = CONFIG if name.startswith(("pipe", "names")) else LLAMA
-    config = config | {"tie_word_embeddings": "tied" in name or name.startswith("names")}
-    (source / "config.json").write_text(json.dumps(config))
-    for k, text in enumerate(layouts):
-        target = work / f"b{k}"
-        reshard(source, target, Layout.parse(text), with_optimizer=True)
-        source = target
-    found = {"truth": truth[MIDDLE:]}
-    for key, forget in (("resumed", False), ("control", True)):
-        job = partial(resume, first=MIDDLE, last=END, load=source, forget=forget)
-        found[key] = forked(world_b, job, port())
-    return found
+    return config | {"tie_word_embeddings": "tied" in name or name.startswith("names")}
 
 
 def main() -> None:
@@ -161,10 +142,7 @@ def main() -> None:
     import transformers  # noqa: F401
 
     torch.set_num_threads(1)
-    results = {}
-    for name in names or CASES:
-        with tempfile.TemporaryDirectory() as work:
-            results[name] = run_case(name, Path(work))
+    results = {name: run_case(CASES[name], config_of(name)) for name in names or CASES}
     Path(out).write_text(json.dumps(results))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from tiny_training import ADAM, BATCH, HIDDEN, VOCAB, WIDTH, _forget, batch
+from tiny_training import ADAM, BATCH, HIDDEN, VOCAB, WIDTH, batch, go_on
 from torch import nn
 from torch.nn import functional
 
@@ -205,10 +205,7 @@ def run_pipe(
         config=config,
     )
     if load is not None:
-        path, _ = engine.load_checkpoint(str(load))
-        assert path is not None, f"nothing was loaded from {load}"
-        if forget:
-            _forget(getattr(engine.optimizer, "optimizer", engine.optimizer))
+        go_on(engine, load, forget=forget)
     losses = []
     for step in range(first, last):
         if step == save_at:

@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 sys.path.insert(0, str(Path(__file__).parent))
@@ -33,8 +34,9 @@ def port() -> int:
 
 
 Run = Callable[..., list[float]]
-# name: (ranks of A, A, layouts to pass, ranks of B, B)
-CASES: dict[str, tuple[int, Run, list[str], int, Run]] = {
+# ranks of A, A, layouts to pass, ranks of B, B
+Case = tuple[int, Run, list[str], int, Run]
+CASES: dict[str, Case] = {
     "zero1-dp2-to-zero3-dp3": (
         2,
         partial(run_deepspeed, stage=1, dtype="bf16", warmup=True),
@@ -94,11 +96,22 @@ CASES: dict[str, tuple[int, Run, list[str], int, Run]] = {
 }
 
 
-def run_case(name: str, work: Path) -> dict[str, list[float]]:
-    world_a, train, layouts, world_b, resume = CASES[name]
+def run_case(case: Case, config: dict[str, Any] | None = None) -> dict[str, list[float]]:
+    """The losses of a case: going on, resumed, resumed without moments.
+
+    ``config`` is laid beside the first checkpoint, for layouts that ask for the model's.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        return _run_case(case, Path(folder), config)
+
+
+def _run_case(case: Case, work: Path, config: dict[str, Any] | None) -> dict[str, list[float]]:
+    world_a, train, layouts, world_b, resume = case
     source = work / "a"
     job = partial(train, first=0, last=END, save_at=MIDDLE, save=source)
     truth = forked(world_a, job, port())
+    if config is not None:
+        (source / "config.json").write_text(json.dumps(config))
     for k, text in enumerate(layouts):
         target = work / f"b{k}"
         reshard(source, target, Layout.parse(text), with_optimizer=True)
@@ -113,10 +126,7 @@ def run_case(name: str, work: Path) -> dict[str, list[float]]:
 def main() -> None:
     out, *names = sys.argv[1:]
     preload()
-    results = {}
-    for name in names or CASES:
-        with tempfile.TemporaryDirectory() as work:
-            results[name] = run_case(name, Path(work))
+    results = {name: run_case(CASES[name]) for name in names or CASES}
     Path(out).write_text(json.dumps(results))
 
 

@@ -185,10 +185,7 @@ def run_deepspeed(
         config["checkpoint"] = {"load_universal": True}
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     if load is not None:
-        path, _ = engine.load_checkpoint(str(load))
-        assert path is not None, f"nothing was loaded from {load}"
-        if forget:
-            _forget(getattr(engine.optimizer, "optimizer", engine.optimizer))
+        go_on(engine, load, forget=forget)
     losses = []
     for step in range(first, last):
         if step == save_at:
@@ -198,6 +195,14 @@ def run_deepspeed(
         engine.backward(loss)
         engine.step()
     return losses
+
+
+def go_on(engine: Any, load: Path, *, forget: bool) -> None:
+    """Load a checkpoint into a DeepSpeed engine; ``forget`` zeroes the moments then."""
+    path, _ = engine.load_checkpoint(str(load))
+    assert path is not None, f"nothing was loaded from {load}"
+    if forget:
+        _forget(getattr(engine.optimizer, "optimizer", engine.optimizer))
 
 
 def _forget(optimizer: torch.optim.Optimizer) -> None:
