@@ -113,17 +113,17 @@ def _types(mapped: Sequence[MappedTensor]) -> dict[str, int]:
 
 def kept_file_type(mapped: Sequence[MappedTensor], base: int) -> int:
     """Return ``general.file_type``: of the blocks that hold most weights, else the base type's."""
+    name = main_type(mapped, "")
+    return _FILE_TYPES[name] if name else base
+
+
+def main_type(mapped: Sequence[MappedTensor], base: str) -> str:
+    """Return the type of the blocks that hold most weights, else the base type."""
     sizes: Counter[str] = Counter()
     for one in mapped:
         if one.stored is not None:
             sizes[one.stored.kind.name] += one.tensor.size
-    return _FILE_TYPES[sizes.most_common(1)[0][0]] if sizes else base
-
-
-def main_type(mapped: Sequence[MappedTensor], base: str) -> str:
-    """Return the name of the type that ``kept_file_type`` stands for."""
-    found = kept_file_type(mapped, -1)
-    return next((name for name, number in _FILE_TYPES.items() if number == found), base)
+    return sizes.most_common(1)[0][0] if sizes else base
 
 
 def _common(fits: Sequence[Fit]) -> Fit:
