@@ -85,17 +85,7 @@ def roundtrip(
         ConfigError: no layouts, or one that casts.
         MconvError: a source or layout that cannot be read or written.
     """
-    layouts = [Layout.parse(v) if isinstance(v, str) else v for v in via]
-    if not layouts:
-        raise ConfigError("roundtrip: give at least one layout with --via")
-    for layout in layouts:
-        if layout.format == GGUF:
-            raise ConfigError("roundtrip: gguf holds a model for inference, which is not read back")
-        get_writer(layout.format)  # a misspelt format is refused before anything is written
-        if layout.dtype is not None:
-            raise ConfigError(
-                f"roundtrip: {layout.describe()} casts to {layout.dtype}: not lossless"
-            )
+    layouts = _lossless(via)
     first = opened(src, config)
     size = vocab_size if vocab_size is not None else vocab_size_of(first)
     states = bool(first.optimizer) and not weights_only
@@ -117,6 +107,22 @@ def roundtrip(
     finally:
         if team.rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _lossless(via: Sequence[Layout | str]) -> list[Layout]:
+    """Return the layouts; refuse what is misspelt or loses something before anything is written."""
+    layouts = [Layout.parse(v) if isinstance(v, str) else v for v in via]
+    if not layouts:
+        raise ConfigError("roundtrip: give at least one layout with --via")
+    for layout in layouts:
+        if layout.format == GGUF:
+            raise ConfigError("roundtrip: gguf holds a model for inference, which is not read back")
+        get_writer(layout.format)
+        if layout.dtype is not None:
+            raise ConfigError(
+                f"roundtrip: {layout.describe()} casts to {layout.dtype}: not lossless"
+            )
+    return layouts
 
 
 def _shared_folder(team: Team, work: str | Path | None) -> Path:
